@@ -5818,8 +5818,8 @@ if hasattr(os, "register_at_fork"):
 # === SQL ===
 # depends on: Errors, Events, Journal
 #
-# A statement has `$name` parameters or literals, never both, because a literal may hold a `$name`. The target
-# is attached as `audit`.
+# A statement has `$name` parameters or literals, never both: a literal may hold a `$name`. The target is
+# attached as `audit`.
 
 
 def sql_literal(value: object) -> str:
@@ -5829,7 +5829,7 @@ def sql_literal(value: object) -> str:
     if isinstance(value, int):
         return str(value).lower()
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(sql_literal, value)) + "]" + ("" if value else "::VARCHAR[]")
+        return f"[{', '.join(map(sql_literal, value))}]{'' if value else '::VARCHAR[]'}"
     if not isinstance(value, str):
         raise QueryError(f"a value of type {type(value).__name__} has no SQL literal")
     if "\0" in value:
@@ -5841,7 +5841,7 @@ def sql_literal(value: object) -> str:
 
 
 def listed(columns: str, rows: Collection[Sequence[object]]) -> str:
-    """Return the SELECT of rows of values in columns that are defined as `name TYPE, …`."""
+    """Return the SELECT of rows in columns that are defined as `name TYPE, …`."""
     definitions = [definition.split() for definition in columns.split(", ")]
     values = zip(*rows) if rows else [()] * len(definitions)
     return "SELECT " + ", ".join(
@@ -5855,9 +5855,8 @@ def among(column: str, values: Iterable[object]) -> str:
 
 
 _NAMES = ", ".join(column.name for column in COLUMNS)
-_DEFINITIONS = ", ".join(f"{column.name} {column.sql_type}" for column in COLUMNS)
 _ISO_FORMAT = "'%Y-%m-%dT%H:%M:%S.%fZ'"
-# Nothing is detected: versions differ in types, and `name=x` in a path is no value.
+# Nothing is detected: versions differ, and `name=x` in a path is no value.
 _LINES = f"""\
 SELECT * EXCLUDE (filename) REPLACE
   (CASE parse_filename(filename, true) WHEN '{COMBINED}' THEN segment ELSE parse_filename(filename, true) END
@@ -5865,17 +5864,13 @@ SELECT * EXCLUDE (filename) REPLACE
 FROM read_json($files, format = 'newline_delimited', filename = true, hive_partitioning = false,
   columns = {{{", ".join(f"{name}: '{sql_type}'" for name, sql_type in COLUMNS)}}},
   maximum_object_size = $longest, ignore_errors = $lenient)"""
-LONGEST_LINE = 2**20  # more where a segment has a longer line
-
-
-# --- tables
+LONGEST_LINE = 2**20
 
 # Other schemas of a shared target may have tables of the same names.
 _OUR_TABLES = """\
 database_name = 'audit' AND lower(table_name) IN ('logs', 'ledger')
 AND schema_name = coalesce(getvariable('audit_schema'), 'main')"""
-CREATE_LOGS = f"CREATE TABLE IF NOT EXISTS audit.logs ({_DEFINITIONS})"
-# docs/security.md tells what these columns mean.
+CREATE_LOGS = f"CREATE TABLE IF NOT EXISTS audit.logs ({', '.join(map(' '.join, COLUMNS))})"
 LEDGER_DEFINITIONS = (
     "journal VARCHAR, position BIGINT, kind VARCHAR, segment VARCHAR, events BIGINT, first_event TIMESTAMP, "
     "last_event TIMESTAMP, digest VARCHAR, marks VARCHAR, detail VARCHAR, host VARCHAR, "
@@ -5894,23 +5889,22 @@ def lake_chores(commit: int) -> list[str]:
     """Return the chores after a commit: each 256th merges small files, each 4,096th larger."""
     if commit % 256:
         return []
-    size, chores = (2**20, []) if commit % 4096 else (2**26, [*LAKE_CLEANING])
-    for table in ("ledger", "logs"):
-        merge = f"CALL ducklake_merge_adjacent_files('audit', '{table}', max_file_size => {size})"
-        chores = [f"CALL ducklake_flush_inlined_data('audit', table_name => '{table}')", merge, *chores]
-    return chores
+    size, cleaning = (2**20, ()) if commit % 4096 else (2**26, LAKE_CLEANING)
+    flush = "CALL ducklake_flush_inlined_data('audit', table_name => '{}')"
+    merge = f"CALL ducklake_merge_adjacent_files('audit', '{{}}', max_file_size => {size})"
+    return [*(chore.format(table) for table in ("logs", "ledger") for chore in (flush, merge)), *cleaning]
 
 
 # --- digests
 
-# An infinity has no microseconds, and must not look like NULL.
-_TIME_NUMBER = "CASE WHEN isfinite({0}) THEN epoch_us({0})::VARCHAR ELSE {0}::VARCHAR END"
+# An infinity must not look like NULL.
+TIME_NUMBER = "CASE WHEN isfinite({0}) THEN epoch_us({0})::VARCHAR ELSE {0}::VARCHAR END"
 
 
 def row_hash(columns: Sequence[Column]) -> str:
-    """Return the SQL of a row's hash (docs/security.md); an event's lacks the segment."""
+    """Return the SQL of a row's hash (docs/security.md)."""
     new = NEW_COLUMNS if columns is COLUMNS else ()
-    numbers = {"TIMESTAMP": _TIME_NUMBER, "VARCHAR": "strlen({0})"}
+    numbers = {"TIMESTAMP": TIME_NUMBER, "VARCHAR": "strlen({0})"}
     old = [column for column in columns if column not in new]
     head = ", '|', ".join(numbers.get(sql_type, "{0}").format(name) for name, sql_type in old)
     texts = [name for name, sql_type in old if sql_type == "VARCHAR" and not (new and name == "segment")]
@@ -5927,7 +5921,7 @@ ENTRY_HASH = row_hash(LEDGER_COLUMNS[:-1])
 def digests(
     source: str, condition: str = "true", *, segment: str = "segment", order: str = "seq, hash"
 ) -> str:
-    """Return the SELECT of what the ledger says of segments."""
+    """Return the SELECT of what the ledger records of segments."""
     return f"""\
 SELECT segment, events, first_event, last_event, sha256(array_to_string(hashes, '')) AS digest,
   CASE WHEN low = 1 AND high = events THEN array_to_string([h[1:4] for h in hashes], '') END AS marks
@@ -5942,7 +5936,7 @@ SEGMENT_OR_DAY = "coalesce(segment, strftime(timestamp, 'legacy-%Y-%m-%d'), 'leg
 
 
 def ranges(condition: str = "true") -> str:
-    """Return the SELECT of the first and the last segment of ranges with about $size rows."""
+    """Return the SELECT of first and last segment of ranges of about $size rows."""
     return f"""\
 SELECT min(key), max(key) FROM (
     SELECT key, floor(sum(events) OVER (ORDER BY key ROWS UNBOUNDED PRECEDING) / $size) AS part
@@ -5953,7 +5947,7 @@ GROUP BY part ORDER BY part"""
 # --- ingest: through the temporary table `batch`
 
 STAGE = f"CREATE OR REPLACE TEMP TABLE batch AS {_LINES}"
-# How many events of a known segment the ledger has, if these are its first lines.
+# How many events the ledger has of a segment, if these are its first lines.
 KNOWN_LINES = f"""\
 SELECT segment, events FROM ({
     digests(
@@ -5963,12 +5957,7 @@ SELECT segment, events FROM ({
         order="seq",
     )
 }) SEMI JOIN (SELECT segment, digest FROM audit.ledger WHERE kind = 'segment') USING (segment, digest)"""
-STAGE_NOTHING = f"CREATE OR REPLACE TEMP TABLE batch ({_DEFINITIONS})"
 INSERT_ROWS = f"INSERT INTO audit.logs BY NAME SELECT {_NAMES} FROM batch"
-
-
-# --- entering: through the temporary table `entries`
-
 CHAIN_ENDS = "SELECT journal, max(position) FROM audit.ledger GROUP BY journal"
 
 
@@ -5977,17 +5966,14 @@ CHAIN_ENDS = "SELECT journal, max(position) FROM audit.ledger GROUP BY journal"
 TABLE_TYPES = f"""\
 SELECT lower(table_name), lower(column_name), data_type FROM duckdb_columns()
 WHERE {_OUR_TABLES}"""
-# Types of columns that hold the same values.
 SAME_VALUES = {
     "TIMESTAMP": {"TIMESTAMP", "TIMESTAMP WITH TIME ZONE", "TIMESTAMP_S", "TIMESTAMP_MS"},
     "INTEGER": {"INTEGER", "BIGINT", "SMALLINT"},
     "BIGINT": {"INTEGER", "BIGINT"},
     "VARCHAR": {"VARCHAR"},
 }
-
-
 VIEW = "is a view"
-_OUR_COLUMNS = tuple(column.name for column in (*COLUMNS, *LEDGER_COLUMNS))  # others may be there
+_OUR_COLUMNS = tuple(column.name for column in (*COLUMNS, *LEDGER_COLUMNS))
 # What keeps a table from being a plain one.
 ODDITIES = f"""\
 SELECT view_name AS name, '{VIEW}' AS what FROM duckdb_views()
@@ -6010,32 +5996,28 @@ FROM pg_class c WHERE relname IN ('logs', 'ledger') AND relnamespace = to_regnam
 def sound_rows(
     types: Mapping[str, str], table: str = "audit.logs", columns: Sequence[Column] = COLUMNS
 ) -> str:
-    """Return the SELECT of a table's rows in our columns and types, NULL where that fails."""
+    """Return the SELECT of a table in our columns and types, NULL where that fails."""
 
     def sound(name: str, sql_type: str) -> str:
-        given = types.get(name)
-        if given == sql_type:
+        if (given := types.get(name)) == sql_type:
             return name
-        zoned = f"timezone('UTC', {name})" if given == "TIMESTAMP WITH TIME ZONE" else name
-        return f"TRY_CAST({zoned if given else 'NULL'} AS {sql_type}) AS {name}"
+        zoned = f"timezone('UTC', {name})" if given == "TIMESTAMP WITH TIME ZONE" else given and name
+        return f"TRY_CAST({zoned or 'NULL'} AS {sql_type}) AS {name}"
 
     selected = ", ".join(sound(*column) for column in columns)
     return f"SELECT {selected} {f'FROM {table}' if types else 'WHERE false'}"
 
 
-NO_ROWS = sound_rows({})
 SOUND_LOGS = "CREATE OR REPLACE TEMP VIEW sound_logs AS "
-
-
 CHAIN = f"""\
 SELECT coalesce(journal, '') AS journal, coalesce(position, 0) AS position, coalesce(kind, ''),
   coalesce(events, 0), coalesce(seal, '') AS seal, {ENTRY_HASH}
 FROM sound_ledger ORDER BY journal, position, seal"""
 PURGES = f"""\
-SELECT coalesce(strftime(ingested_at, {_ISO_FORMAT}), '') AS moment, coalesce(host, '') AS host,
-  coalesce(events, 0) AS events, coalesce(journal, '') AS journal, coalesce(position, 0) AS position, detail
+SELECT coalesce(strftime(ingested_at, {_ISO_FORMAT}), ''), coalesce(host, ''), coalesce(events, 0),
+  coalesce(journal, ''), coalesce(position, 0), detail
 FROM sound_ledger WHERE kind = 'purge' ORDER BY ingested_at, journal, position"""
-# The entries that purges name, and what is left of each.
+# The entries that purges name, and what they left of each.
 GONE = """\
 CREATE OR REPLACE TEMP TABLE gone AS
 SELECT number, journal, position, entered.events AS held, coalesce(last_event < moment, true) AS is_past,
@@ -6055,12 +6037,11 @@ def comparison(*, scoped: bool) -> str:
     inside += " AND {0} IN (SELECT segment FROM scope)" if scoped else ""
     found = digests("sound_logs", inside.format(SEGMENT_OR_DAY), segment=SEGMENT_OR_DAY)
     return f"""\
-SELECT coalesce(entered.journal, '') AS journal, coalesce(entered.position, -1) AS position,
-  coalesce(entered.segment, found.segment, '') AS segment, coalesce(entered.events, 0) AS entered,
-  coalesce(due, 0) AS due, (entered.position IS NOT NULL AND coalesce(found.events, 0) = coalesce(due, 0)
+SELECT coalesce(entered.journal, ''), coalesce(entered.position, -1),
+  coalesce(entered.segment, found.segment, '') AS segment, coalesce(entered.events, 0), coalesce(due, 0),
+  (entered.position IS NOT NULL AND coalesce(found.events, 0) = coalesce(due, 0)
     AND found.digest IS NOT DISTINCT FROM due_digest) AS as_due,
-  coalesce(found.events, 0) AS found, epoch_us(found.first_event) AS first,
-  epoch_us(found.last_event) AS last, found.digest AS digest
+  coalesce(found.events, 0), epoch_us(found.first_event), epoch_us(found.last_event), found.digest
 FROM (SELECT sound_ledger.*, coalesce(remains.events, sound_ledger.events) AS due,
         CASE WHEN remains.events IS NULL THEN sound_ledger.digest
              WHEN remains.events > 0 THEN remains.digest END AS due_digest
@@ -6071,15 +6052,6 @@ FULL JOIN ({found}) AS found ON found.segment = entered.segment
 {"" if scoped else "WHERE NOT as_due"} ORDER BY segment"""
 
 
-def numeric_times(columns: Sequence[Column]) -> str:
-    """Return the SELECT list of columns, with timestamps in microseconds."""
-    time = _TIME_NUMBER + " AS {0}"
-    return ", ".join((time if sql_type == "TIMESTAMP" else "{0}").format(name) for name, sql_type in columns)
-
-
-# --- removing and copying
-
-# What a purge takes, and what `verify --since` looks at.
 OLD = "FROM audit.logs WHERE timestamp < $moment::TIMESTAMP"
 IN_SCOPE = f"{SEGMENT_OR_DAY} IN (SELECT segment FROM scope)"
 # An archive has a file for each day, and one for what is not as it was entered.
@@ -6105,17 +6077,16 @@ EVENT_ID = "segment || ':' || seq::VARCHAR"
 
 
 def public_select(**more: bool) -> str:
-    """Return `public_values` as the SELECT list of every output."""
     return ", ".join(f"{value} AS {name}" for name, value in public_values(**more))
 
 
 def public_values(*, typed: bool = False, harmless: bool = False) -> Iterator[tuple[str, str]]:
-    """Yield the public columns, each with its SQL, which both engines return alike."""
+    """Yield the public columns with their SQL, whose values both engines return alike."""
     formula = sql_literal(FORMULA)
     for name in PUBLIC_COLUMNS:
         value = f"({EVENT_ID})" if name == "event_id" else name
         if name == "timestamp":
-            value = name if typed else f"strftime(timestamp, {_ISO_FORMAT})"
+            value = value if typed else f"strftime(timestamp, {_ISO_FORMAT})"
         elif harmless and name not in ("duration_ms", "result_bytes"):
             value = f"CASE WHEN regexp_matches({value}, {formula}) THEN '''' || {value} ELSE {value} END"
         yield name, value
@@ -6123,15 +6094,14 @@ def public_values(*, typed: bool = False, harmless: bool = False) -> Iterator[tu
 
 # --- exports, figures, and SQL of a person's own
 
-# What spreadsheets take for a formula, also behind what is invisible, and the apostrophe, so that a cell
-# without its first one is as it was.
+# What spreadsheets take for a formula, also behind invisible characters; and the apostrophe, so that a cell
+# without its first one is the original.
 _INVISIBLE = (
     r"\x01-\x20\x7f-\xa0\xad"
     "\u034f\u061c\u115f\u1160\u1680\u17b4\u17b5\u180b-\u180f\u2000-\u200f\u2028-\u202f\u205f-\u206f"
     "\u3000\u3164\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff"
 )
 FORMULA = rf"^[{_INVISIBLE}]*[=+\-@|＝＋－＠]|^[\t\r\n']"
-# What COPY is told for each export format.
 _CSV = "csv, HEADER true, FORCE_QUOTE (input_json, name, reason, error)"
 COPY_OPTIONS = {
     name + suffix: f"FORMAT {options}, COMPRESSION {codec}, USE_TMP_FILE false"
@@ -6142,12 +6112,10 @@ EXPORT_FORMATS = (*COPY_OPTIONS, "duckdb", "sqlite")
 
 
 def export_format(path: str) -> str | None:
-    """Return the export format of a file's name, None if its extension is unknown."""
-    name = path.lower()
-    return next((form for form in EXPORT_FORMATS if name.endswith("." + form)), None)
+    return next((form for form in EXPORT_FORMATS if path.lower().endswith("." + form)), None)
 
 
-# What `stats` groups by, and how the group is written.
+# What `stats` groups by, and how it shows the group `k`.
 _TEXT_GROUPS = "name type caller status user_id client agent address server error_type policy_decision"
 STATS_BY = {
     re.sub("_id$|_decision$", "", name).replace("_", "-"): (name, "k") for name in _TEXT_GROUPS.split()
@@ -6207,19 +6175,17 @@ class Filter(NamedTuple):
     min_ms: int | None = None
 
     def where(self) -> str:
-        """Return the WHERE condition, `true` if everything is meant."""
         named = [
             f"(type = '{kind[:-1]}' AND {_has_name('name', name)})"
             for kind in ("tools", "resources", "prompts")
             for name in getattr(self, kind)
         ]
-        given = {field: value for field, value in self._asdict().items() if value is not None}
         conditions = [f"({' OR '.join(named)})"] if named else []
-        conditions += [
-            text.format(sql_literal(given[field])) for field, text in _FILTERS.items() if field in given
-        ]
-        names = ("client", "agent", "address", "server", "error_type")
-        conditions += [_has_name(field, given[field]) for field in names if field in given]
+        for field, value in self._asdict().items():
+            if field in _FILTERS and value is not None:
+                conditions.append(f"{_FILTERS[field]} {sql_literal(value)}")
+            elif field in ("client", "agent", "address", "server", "error_type") and value is not None:
+                conditions.append(_has_name(field, value))
         if self.event_id is not None:
             conditions.append("segment = '{}' AND seq = {}".format(*parse_event_id(self.event_id)))
         if self.text is not None:
@@ -6229,21 +6195,21 @@ class Filter(NamedTuple):
 
 
 _FILTERS = {
-    "event_type": "type = {}",
-    "policy": "policy_decision = {}",
-    "status": "status = {}",
-    "since": "timestamp >= {}::TIMESTAMP",
-    "until": "timestamp < {}::TIMESTAMP",
-    "caller": "caller = {}",
-    "user": "user_id = {}",
-    "session": "session_id = {}",
-    "trace": "trace_id = {}",
-    "min_ms": "duration_ms >= {}",
+    "event_type": "type =",
+    "policy": "policy_decision =",
+    "status": "status =",
+    "since": "timestamp >= TIMESTAMP",
+    "until": "timestamp < TIMESTAMP",
+    "caller": "caller =",
+    "user": "user_id =",
+    "session": "session_id =",
+    "trace": "trace_id =",
+    "min_ms": "duration_ms >=",
 }
 
 
 def _like(text: str) -> str:
-    r"""Return the LIKE pattern, with the escape `\`, of the text itself."""
+    r"""Return the LIKE pattern of the text itself, with the escape `\`."""
     return re.sub(r"[\\%_]", r"\\\g<0>", text)
 
 
@@ -6262,9 +6228,6 @@ def _has_name(column: str, name: str) -> str:
 Params: TypeAlias = Mapping[str, object]
 Row: TypeAlias = tuple[Any, ...]
 
-
-# --- what DuckDB says
-
 # The first whose pattern is in the message decides.
 _ENGINE_ERRORS: Mapping[type[StoreError], str] = {
     DatabaseLockedError: "could not serialize access|duplicate key value violates unique constraint|tuple "
@@ -6282,7 +6245,7 @@ _ENGINE_ERRORS: Mapping[type[StoreError], str] = {
 
 
 def store_error(message: str) -> StoreError:
-    """Return our error for a message of DuckDB's, without regard to what that quotes."""
+    """Return our error for a message of DuckDB's, whatever that quotes."""
     message = re.split(r"\n(?:DETAIL|CONTEXT):", message)[0]  # PostgreSQL's, with what was recorded
     said = re.sub(r""""[^"]*"|'[^']*'|\nLINE \d+:(?s:.*)""", "", message).lower()
     if said.startswith(("parser error", "conversion error", "out of range error")):
@@ -6294,21 +6257,16 @@ def store_error(message: str) -> StoreError:
 
 
 def postgres_message(text: str) -> str:
-    """Return the part of PostgreSQL, without our statement; all if there is none."""
+    """Return PostgreSQL's part of a message, without our statement; else all."""
     return text[max(0, text.rfind("ERROR:  ")) :]
 
 
 def is_data_fault(error: QueryError) -> bool:
-    """Return True if a statement failed because of its input."""
     kinds = ("invalid input error", "conversion error", "out of range error", "out of memory")
     return str(error).lower().startswith(kinds)
 
 
-# --- the engines
-
-
 def bind(sql: str, params: Params) -> str:
-    """Replace the `$name` parameters of a statement by literals."""
     return re.sub(r"\$([a-z_]+)", lambda name: sql_literal(params[name[1]]), sql) if params else sql
 
 
@@ -6316,7 +6274,7 @@ _PROCESS = os.getpid()
 
 
 def _session_settings(*, guest: bool) -> str:
-    # A guest's memory takes a batch of 64 MiB. A progress bar goes to standard output: perhaps a protocol.
+    # A guest's memory takes a batch of 64 MiB. A progress bar would go to standard output.
     return (
         "SET autoinstall_known_extensions = false; SET autoload_known_extensions = false; "
         f"SET enable_progress_bar = false; SET temp_directory = {sql_literal(_scratch_directory())}; "
@@ -6330,22 +6288,19 @@ class Engine(Protocol):
     name: str
 
     def version(self) -> str:
-        """Return DuckDB's version, such as "2.0.1"."""
-        return str(self.execute("SELECT version() AS version")[0][0]).lstrip("v")
+        return str(self.execute("SELECT version()")[0][0]).lstrip("v")
 
     def execute(self, sql: str, params: Params = {}) -> list[Row]:
-        """Run one statement and return its rows."""
         return list(self.stream(sql, params))
 
     def stream(self, sql: str, params: Params = {}) -> Iterator[Row]:
-        """Run one statement and yield its rows; end it before the next statement."""
+        """Run one statement and yield its rows; read them all before the next."""
 
-    def close(self) -> None:
-        """End the session. Twice is harmless."""
+    def close(self) -> None: ...
 
 
 def _duckdb() -> Any:
-    """Return DuckDB's package, or its compiled part alone: 40 ms instead of 140."""
+    """Return DuckDB's package, or its compiled part: 40 ms instead of 140."""
     if "duckdb" not in sys.modules:
         with suppress(ImportError):
             import _duckdb
@@ -6357,14 +6312,13 @@ def _duckdb() -> Any:
 
 
 class PackageEngine(Engine):
-    """The package in this process; a `guest` gets one thread and little memory."""
+    """The package in this process; a guest gets one thread and little memory."""
 
     name = "package"
 
     def __init__(self, *, guest: bool) -> None:
         self._guest = guest
         self._connection: Any = None
-        self._process_id = 0
 
     def stream(self, sql: str, params: Params = {}) -> Iterator[Row]:
         duckdb, text = _duckdb(), bind(sql, params)
@@ -6381,12 +6335,12 @@ class PackageEngine(Engine):
             self.close()
             if isinstance(error, duckdb.Error):
                 raise store_error(str(error)) from error
-            if "interrupted" in str(error):  # by Ctrl+C, of which DuckDB makes a RuntimeError
+            if "interrupted" in str(error):  # what DuckDB makes of Ctrl+C
                 raise KeyboardInterrupt from error
             raise
 
     def close(self) -> None:
-        """Close the database; a forked child lacks its threads and keeps it."""
+        """Close the database; a forked child, which lacks its threads, keeps it."""
         connection, self._connection = self._connection, None
         if connection is not None and self._process_id == os.getpid():
             connection.close()
@@ -6399,7 +6353,7 @@ class PackageEngine(Engine):
 
 
 def decode_json(text: str) -> Any:
-    """Return what DuckDB's JSON means: a row is a list, and NaN or infinity None."""
+    """Decode DuckDB's JSON: a row becomes a list, NaN and infinity None."""
 
     def members(pairs: list[tuple[str, object]]) -> object:
         is_row = len(pairs) > 1 and not any(name for name, _ in pairs)
@@ -6413,20 +6367,15 @@ _COLOUR = re.compile(rb"^(?:\x1b\[[0-9;]*m)+")  # ends a warning, on the line th
 
 
 class CliEngine(Engine):
-    """DuckDB in a child: its program, or Python with the package, which lies in a folder `package`.
-
-    The latter is for targets that are no file, forked processes and subinterpreters. A `.print` of a random
-    word ends the rows of a statement.
-    """
+    """DuckDB in a child: its program, or Python with the package from a folder `package`."""
 
     def __init__(self, program: str, *, guest: bool, package: str = "") -> None:
         self.program, self._guest = program, guest
         self.name = "package" if package else "cli"
-        self._mark = os.urandom(8).hex()
-        # `-init` keeps ~/.duckdbrc out: 1.4 knows no `-no-init`.
-        ours = ("-init", os.devnull, "-batch", "-bail", "-jsonlines", ":memory:")
-        words = ("-X", "utf8", "-c", _APART, self._mark, package) if package else ours
-        self._command = (program, *words)
+        self._mark = os.urandom(8).hex()  # printed after the rows of a statement
+        self._command = (program, "-X", "utf8", "-c", _APART, self._mark, package)
+        if not package:  # `-init` keeps ~/.duckdbrc out: 1.4 knows no `-no-init`
+            self._command = (program, "-init", os.devnull, "-batch", "-bail", "-jsonlines", ":memory:")
         self._process: subprocess.Popen[bytes] | None = None
 
     def _open(self) -> subprocess.Popen[bytes]:
@@ -6442,7 +6391,7 @@ class CliEngine(Engine):
                 stdout=subprocess.PIPE,
                 stderr=self._complaints,
                 umask=0o077 if hasattr(os, "fork") else -1,
-                start_new_session=not self._guest,  # Ctrl+C is for us; a guest ends with its process
+                start_new_session=not self._guest,  # Ctrl+C is for us
             )
         except OSError as error:
             raise EngineNotFoundError(f"{self.program} can't be run: {error.strerror}") from error
@@ -6454,7 +6403,7 @@ class CliEngine(Engine):
         process, mark, finished = self._process, self._mark.encode() + b"\n", False
         assert process.stdin is not None and process.stdout is not None
         try:
-            with suppress(OSError):  # it has ended, and says why
+            with suppress(OSError):  # the child has ended, and says why
                 process.stdin.write(text.encode())
                 process.stdin.flush()
             for line in process.stdout:
@@ -6468,18 +6417,19 @@ class CliEngine(Engine):
             raise store_error(self._complaint or "the duckdb program ended without a word (was it killed?)")
         finally:
             if not finished:
-                process.kill()  # the transaction that it was in never happened
+                process.kill()  # this undoes its transaction
                 self.close()
 
     def close(self) -> None:
-        """End the child, kill it if it goes on computing, and keep its complaint."""
+        """End the child, by force if need be, and keep its complaint."""
         import subprocess
 
         process, self._process = self._process, None
         if process is None:
             return
-        for pipe in filter(None, (process.stdin, process.stdout)):
+        for pipe in (process.stdin, process.stdout):
             with suppress(OSError):
+                assert pipe is not None
                 pipe.close()
         try:
             process.wait(1)
@@ -6491,13 +6441,13 @@ class CliEngine(Engine):
             self._complaint = complaints.read().decode("utf-8", "replace").strip()
 
 
-# Run by CliEngine's Python. The current directory must not shadow modules.
+# What CliEngine's Python runs. The current directory must not shadow modules.
 _APART = """
 import sys
 sys.path[:] = [folder for folder in sys.path if folder] + sys.argv[2:]
 import json, os
 try:
-    import _duckdb as duckdb  # the compiled part alone
+    import _duckdb as duckdb
 except ImportError:
     import duckdb
 answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -6519,7 +6469,7 @@ for line in sys.stdin:
 
 
 def temporary_place() -> str:
-    """Return the directory of temporary files, "" if there is none (a read-only root)."""
+    """Return the directory of temporary files, "" if there is none."""
     import tempfile
 
     with suppress(FileNotFoundError):
@@ -6528,11 +6478,11 @@ def temporary_place() -> str:
 
 
 def _scratch_directory() -> str:
-    """Return where DuckDB may spill: a directory that it makes in a private one."""
+    """Return a directory that DuckDB may make, in a private one, to spill."""
     import tempfile
 
     if not (place := temporary_place()):
-        return ""  # it keeps to its memory
+        return ""
     owner = getattr(os, "getuid", int)()
     private = os.path.join(place, f"mxcp_audit-{owner}")
     with suppress(OSError):  # it may not be needed
@@ -6544,26 +6494,20 @@ def _scratch_directory() -> str:
     return os.path.join(private, f"{os.getpid()}-{os.urandom(4).hex()}")
 
 
-# --- which engine there is
-
-
 def find_program(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return the path of the `duckdb` program, None if there is none."""
     import shutil
 
     # The package's own `duckdb` on PATH is a wrapper in Python, and slow.
-    paths = (file_of_package("duckdb_cli", name) for name in ("duckdb", "duckdb.exe"))
-    ours = next((path for path in paths if path and os.access(path, os.X_OK)), None)
-    named = environ.get("MXCP_AUDIT_DUCKDB")
-    return named or ours or shutil.which("duckdb", path=environ.get("PATH"))
+    paths = filter(None, (file_of_package("duckdb_cli", name) for name in ("duckdb", "duckdb.exe")))
+    ours = next((path for path in paths if os.access(path, os.X_OK)), None)
+    return environ.get("MXCP_AUDIT_DUCKDB") or ours or shutil.which("duckdb", path=environ.get("PATH"))
 
 
 def file_of_package(name: str, *parts: str) -> str | None:
-    """Return the path of a file in a Python package, which isn't imported, or None."""
+    """Return the path of a file in a package, without importing that, or None."""
     import importlib.util
 
-    package = importlib.util.find_spec(name)
-    folders = (package and package.submodule_search_locations) or ()
+    folders = getattr(importlib.util.find_spec(name), "submodule_search_locations", None) or ()
     return next(filter(os.path.exists, (os.path.join(folder, *parts) for folder in folders)), None)
 
 
@@ -6580,7 +6524,7 @@ def _in_subinterpreter() -> bool:
 def open_engine(
     *, guest: bool = False, apart: bool = False, environ: Mapping[str, str] = os.environ
 ) -> Engine:
-    """Return the engine that MXCP_AUDIT_ENGINE names, by default what is there."""
+    """Return the engine that MXCP_AUDIT_ENGINE names, or what is there; `apart`: in a child."""
     choice = environ.get("MXCP_AUDIT_ENGINE") or "auto"
     if choice not in ("auto", "package", "cli"):
         raise EngineNotFoundError(f"MXCP_AUDIT_ENGINE={choice}: write auto, package or cli")
@@ -6601,10 +6545,11 @@ def open_engine(
             raise EngineNotFoundError(reason)
     if program := find_program(environ):
         return CliEngine(program, guest=guest)
-    raise EngineNotFoundError(
-        "no DuckDB here: `pip install duckdb`, or put the duckdb program on PATH or name it in "
-        "MXCP_AUDIT_DUCKDB"
-    )
+    text = "`pip install duckdb`, or put the duckdb program on PATH or name it in MXCP_AUDIT_DUCKDB"
+    raise EngineNotFoundError(f"no DuckDB here: {text}")
+
+
+Opener: TypeAlias = Callable[..., Engine]
 
 
 # === Store ===
@@ -6651,7 +6596,7 @@ def _stamp_of(found: os.stat_result) -> tuple[int, int, int]:
 
 @contextlib.contextmanager
 def _scratch(path: str, problem: str, *, name: str = "") -> Iterator[str]:
-    """Make a private directory beside `path`; with a `name`, in place of a killed process's."""
+    """Make a private directory beside `path`; a `name` replaces a killed process's."""
     import shutil
 
     folder, file = os.path.split(os.path.abspath(path))
@@ -6668,13 +6613,11 @@ def _scratch(path: str, problem: str, *, name: str = "") -> Iterator[str]:
 
 
 def scratch_folder(beside: str | None = None) -> contextlib.AbstractContextManager[str]:
-    """Make a private temporary directory, in `beside` if there is no place for such."""
+    """Make a private temporary directory, in `beside` if there is no other place."""
     import tempfile
 
     return tempfile.TemporaryDirectory(prefix="mxcp_audit-", dir=temporary_place() or beside)
 
-
-# --- the database
 
 _EVENTS_WAIT = "events wait in the journal"
 _NOT_FOUND = "Audit database not found at "
@@ -6690,7 +6633,7 @@ NEW_FILE = {"STORAGE_VERSION": "v1.0.0"}  # made by DuckDB 2.0 without this, 1.5
 
 
 def attach(engine: Engine, target: str, name: str, options: Mapping[str, object]) -> None:
-    """Attach a database under a name: a file, which NEW_FILE makes, or something else."""
+    """Attach a database under a name: a file, which is made if absent, or another target."""
     if is_attach_target(target):
         load_extensions(engine, target, options)
         if re.match("postgres(ql)?://", target.lower()):
@@ -6708,7 +6651,7 @@ _ATTACHED: dict[tuple[int, str], object] = {}  # by process
 
 @contextlib.contextmanager
 def _alone_in_process(path: str) -> Iterator[None]:
-    """Let one thread attach a file: DuckDB's lock is the process's, not the reader's."""
+    """Let one thread attach a file: DuckDB's lock is the whole process's."""
     key, mine = (os.getpid(), os.path.realpath(path)), object()
     if _ATTACHED.setdefault(key, mine) is not mine:  # in one step
         raise DatabaseLockedError(f"{path}: in use by this process (PID {key[0]}) already; try again")
@@ -6730,29 +6673,25 @@ WHERE granted AND relation::regclass::text ~ 'logs|ledger|ducklake' AND pid <> p
 
 
 class Target:
-    """The database of a configuration."""
-
-    def __init__(self, config: Config, journal: Journal, opener: Callable[..., Engine] = open_engine) -> None:
+    def __init__(self, config: Config, journal: Journal, opener: Opener = open_engine) -> None:
         self.path: str = config.path
         self.is_file: bool = not is_attach_target(config.path)
         scheme = config.path.partition(":")[0].lower()
         self.is_postgres: bool = scheme in ("postgres", "postgresql")
         self.is_lake: bool = scheme == "ducklake"
         self._is_quack = scheme == "quack"
-        self.name: str = public_target(config.path)  # for people: without passwords
+        self.name: str = public_target(config.path)  # without passwords
         self.journal: Journal = journal
         self.options = {name.upper(): value for name, value in config.attach.items()}
         self.new_file = {**({} if "ENCRYPTION_KEY" in self.options else NEW_FILE), **self.options}
         self._group = config.group
         self.commits: list[int] = []  # of a lake, since it was tended
-        if not self.is_file:
-            opener = functools.partial(opener, apart=True)
-        self.open_engine: Callable[..., Engine] = opener
+        self.open_engine = opener if self.is_file else functools.partial(opener, apart=True)
 
     @contextlib.contextmanager
-    def session(self, *, read_only: bool, wait: float, guest: bool = False) -> Iterator[Engine]:
-        """Open a session with the existing target; while it is locked, try for `wait` seconds."""
-        if read_only:
+    def session(self, wait: float = 0.0, *, write: bool = False, guest: bool = False) -> Iterator[Engine]:
+        """Open a session with the existing target, trying for `wait` seconds."""
+        if not write:
             self.let_ingest_pass(wait)
         with contextlib.closing(self.open_engine(guest=guest)) as engine, contextlib.ExitStack() as stack:
 
@@ -6760,26 +6699,27 @@ class Target:
                 if self.is_absent():
                     text = "correct the path, or run `ingest` if events wait"
                     raise DatabaseNotFoundError(f"{_NOT_FOUND}{self.path}: {text}")
-                stack.enter_context(self.attached(engine, read_only=read_only))
+                stack.enter_context(self.attached(engine, write=write))
 
             patiently(enter, wait)
             yield engine
 
     def let_ingest_pass(self, wait: float) -> None:
         """Wait while an ingest asks for a file: readers could starve it."""
-        for _ in tries(wait):
-            if not (self.is_file and self.journal.is_ingest_waiting()):
+        for _ in tries(wait if self.is_file else 0.0):
+            if not self.journal.is_ingest_waiting():
                 return
 
     @contextlib.contextmanager
-    def attached(self, engine: Engine, *, read_only: bool) -> Iterator[None]:
+    def attached(self, engine: Engine, *, write: bool = False) -> Iterator[None]:
         """Attach the target as `audit`; writing makes an absent file."""
         with _alone_in_process(self.path) if self.is_file else contextlib.nullcontext():
             try:
-                self._attach(engine, read_only=read_only)
-                with self._private_wal(read_only):
+                self._attach(engine, write=write)
+                is_ours = write and self.is_file and not os.path.islink(self.path)
+                with self._private_wal() if is_ours else contextlib.nullcontext():
                     yield
-                if self.is_file or not read_only:
+                if self.is_file or write:
                     engine.execute("DETACH audit")
                 else:
                     with suppress(StoreError):  # a statement that failed has ended the session
@@ -6793,16 +6733,16 @@ class Target:
                 # Causes may repeat passwords.
                 raise explained from (error if self.is_file else None)
 
-    def _attach(self, engine: Engine, *, read_only: bool) -> None:
-        options = {**self.options, **({"READ_ONLY": True} if read_only else {})}
+    def _attach(self, engine: Engine, *, write: bool) -> None:
+        options = self.options if write else {**self.options, "READ_ONLY": True}
         if self.is_file:
-            if not read_only and self.is_absent():
+            if write and self.is_absent():
                 self._make_file(engine)
             attach(engine, self.path, "audit", options)
             return
-        if self.is_lake and not read_only:  # fewer rows stay in its catalogue at first
+        if self.is_lake and write:  # fewer rows stay in its catalogue at first
             options = {"DATA_INLINING_ROW_LIMIT": 1000, **options}
-        if self._is_quack and not read_only:
+        if self._is_quack and write:
             text = "it has no transactions; write to a file, DuckLake or PostgreSQL"
             raise StoreError(f"quack: is for reading only: {text}")
         try:
@@ -6811,7 +6751,7 @@ class Target:
             raise DatabaseUnreachableError(str(error).splitlines()[0]) from error
         self.schema = str(options.get("SCHEMA", "public" if self.is_postgres else "main"))
         engine.execute("SET VARIABLE audit_schema = $schema", {"schema": self.schema})
-        if read_only:
+        if not write:
             engine.execute("BEGIN")
 
     def _explained(self, error: StoreError) -> StoreError:
@@ -6838,23 +6778,20 @@ class Target:
         return kind(f"{self.name}: {text}{remedy and '; '}{remedy}")
 
     @contextlib.contextmanager
-    def _private_wal(self, read_only: bool) -> Iterator[None]:
-        """Make the WAL privately, and a mark: it held nothing before what we write."""
-        if read_only or os.path.islink(self.path) or not self.is_file:
-            yield
-            return
+    def _private_wal(self) -> Iterator[None]:
+        """Make the WAL privately, with a mark: it held nothing before."""
         wal, mark = self.path + ".wal", self.journal.wal_mark
         with suppress(OSError):
             os.close(make_file(wal, os.O_WRONLY | os.O_EXCL, group=self._group))
             os.close(make_file(mark, os.O_WRONLY))
         yield
         with suppress(OSError):
-            if not _size_of(wal):
+            if not _size_of(wal):  # nothing was written
                 os.unlink(mark)
-                os.unlink(wal)  # nothing was written
+                os.unlink(wal)
 
     def set_wal_aside(self) -> str | None:
-        """Rename a damaged WAL whose content is in the journal; None if it holds more."""
+        """Rename a damaged WAL whose content the journal has; None if it holds more."""
         aside = f"{self.path}.wal.damaged-{new_segment_id(wall_clock_ns())[:22]}"
         with suppress(OSError):
             os.unlink(self.journal.wal_mark)
@@ -6881,7 +6818,6 @@ class Target:
                 sync_directory(folder)
 
     def is_absent(self) -> bool:
-        """Return True if there is no database file, or an empty one."""
         try:
             return self.is_file and os.stat(self.path).st_size == 0
         except FileNotFoundError:
@@ -6890,11 +6826,10 @@ class Target:
             raise StoreError(f"{self.path}: {error.strerror}; check the path and its permissions") from error
 
     def columns(self, engine: Engine) -> dict[str, dict[str, str]]:
-        """Return the column types of `logs` and `ledger`, if they exist."""
         if not self._is_quack:
             return column_types(engine)
         columns = "column_name, column_type FROM (DESCRIBE audit."  # duckdb_columns() lists none there
-        sql = f"SELECT 'logs' AS t, {columns}logs) UNION ALL SELECT 'ledger', {columns}ledger)"
+        sql = f"SELECT 'logs', {columns}logs) UNION ALL SELECT 'ledger', {columns}ledger)"
         return column_types(engine, sql)
 
     def oddities(self, engine: Engine) -> list[str]:
@@ -6912,13 +6847,13 @@ class Target:
         self.commits = []
         if not chores:
             return
-        with self.session(read_only=False, wait=0.0, guest=True) as engine:
-            ((others,),) = engine.execute(
-                "SELECT count(*) FROM duckdb_tables() WHERE database_name = 'audit' "
-                "AND NOT regexp_full_match(table_name, 'logs|ledger|turn_.*')"
-            )
+        others = """\
+SELECT 1 FROM duckdb_tables()
+WHERE database_name = 'audit' AND NOT regexp_full_match(table_name, 'logs|ledger|turn_.*')"""
+        with self.session(write=True, guest=True) as engine:
+            withheld = LAKE_CLEANING if engine.execute(others) else ()
             for chore in chores:
-                if not others or chore not in LAKE_CLEANING:
+                if chore not in withheld:
                     engine.execute(chore)
 
     def change_logs(self, engine: Engine, statement: str) -> None:
@@ -6933,21 +6868,21 @@ class Target:
 
     def create_tables(self, engine: Engine) -> None:
         """Make missing tables and columns, and what two ingests of a journal collide at."""
-        present = self.columns(engine)
+        ask, present = engine.execute, self.columns(engine)
         if "logs" not in present:
-            engine.execute(CREATE_LOGS)
+            ask(CREATE_LOGS)
         for name, sql_type in COLUMNS[10:] if "logs" in present else ():
             if name not in present["logs"]:
                 self.change_logs(engine, f"ALTER TABLE audit.logs ADD COLUMN IF NOT EXISTS {name} {sql_type}")
         if "ledger" not in present:
-            engine.execute(CREATE_LEDGER)
+            ask(CREATE_LEDGER)
             if self.is_postgres:
                 index = "INDEX IF NOT EXISTS"
-                engine.execute(f"CREATE UNIQUE {index} ledger_position ON audit.ledger (journal, position)")
-                engine.execute(f"CREATE {index} logs_timestamp ON audit.logs (timestamp)")
+                ask(f"CREATE UNIQUE {index} ledger_position ON audit.ledger (journal, position)")
+                ask(f"CREATE {index} logs_timestamp ON audit.logs (timestamp)")
         if self.is_lake:
             turn = f"audit.turn_{self.journal.identity()}"
-            engine.execute(f"CREATE TABLE IF NOT EXISTS {turn} AS SELECT 0::BIGINT AS taken")
+            ask(f"CREATE TABLE IF NOT EXISTS {turn} AS SELECT 0::BIGINT AS taken")
 
     def signature(self) -> object:
         """Return what differs after every ingest; None while that can't be told."""
@@ -6958,7 +6893,7 @@ class Target:
             with suppress(OSError):
                 found = os.stat(path)
                 # Kernels keep times to 1 … 10 ms, some file systems to one or two seconds.
-                tick_ns = 50_000_000 if found.st_mtime_ns % 1_000_000_000 else 2_100_000_000
+                tick_ns = 5e7 if found.st_mtime_ns % 10**9 else 2.1e9
                 if abs(wall_clock_ns() - found.st_mtime_ns) < tick_ns:
                     return None
                 stamps.append(_stamp_of(found))
@@ -6966,14 +6901,11 @@ class Target:
 
 
 def column_types(engine: Engine, sql: str = TABLE_TYPES) -> dict[str, dict[str, str]]:
-    """Return types of columns, by table and name."""
     types: dict[str, dict[str, str]] = {}
     for table, column, sql_type in engine.execute(sql):
         types.setdefault(table, {})[column] = sql_type
     return types
 
-
-# --- targets that are no file
 
 # What `duckdb_extensions()` doesn't know of words before a colon.
 _EXTENSIONS = {"postgresql": "postgres", "quack": "httpfs", "gs": "httpfs", "gcs": "httpfs", "r2": "httpfs"}
@@ -7015,35 +6947,30 @@ class Head(NamedTuple):
     seal: str
 
 
-# --- seals
-
-_KEYED = "k:"  # marks a seal that was made with a key
+_KEYED = "k:"  # begins a seal made with a key
 
 
 def seal_keys(environ: Mapping[str, str] = os.environ) -> tuple[bytes, ...]:
     """Return the keys of the chain, of which the first one seals."""
     import hashlib  # it loads OpenSSL, which takes 4 ms
 
-    path, problem = environ.get("MXCP_AUDIT_KEY_FILE"), None
     lines = [environ.get("MXCP_AUDIT_KEY", "").encode("utf-8", "surrogateescape")]
-    if path:
+    if path := environ.get("MXCP_AUDIT_KEY_FILE"):
         try:
             with open(path, "rb") as file:
                 lines = [line.strip() for line in file]
                 if os.name == "posix" and os.fstat(file.fileno()).st_mode & 0o077:
-                    problem = "others may read the key file; run chmod 600 on it"
+                    raise ConfigError("others may read the key file; run chmod 600 on it", path=path)
         except OSError as error:
-            problem = f"the key file can't be read: {error.strerror}; correct MXCP_AUDIT_KEY_FILE"
-        if not (problem or any(lines)):
-            problem = "the key file is empty; write a key on its first line"
-        if problem:
-            raise ConfigError(problem, path=path)
+            text = f"the key file can't be read: {error.strerror}; correct MXCP_AUDIT_KEY_FILE"
+            raise ConfigError(text, path=path) from error
+        if not any(lines):
+            raise ConfigError("the key file is empty; write a key on its first line", path=path)
     # Not the keys themselves: redaction shows HMACs with the first.
     return tuple(hashlib.sha256(b"mxcp_audit seal\0" + line).digest() for line in lines if line)
 
 
 def make_seal(previous: str, row: str, key: bytes | None) -> str:
-    """Return the seal of an entry."""
     import hashlib
     import hmac
 
@@ -7054,24 +6981,20 @@ def make_seal(previous: str, row: str, key: bytes | None) -> str:
 
 
 def entries_of(segments: Iterable[str]) -> str:
-    """Return the statement that prepares the entries of staged segments."""
+    """Return the query of the entries of staged segments."""
     return f"""\
-INSERT INTO entries BY NAME SELECT 'segment' AS kind, claimed AS segment, coalesce(events, 0) AS events,
-  first_event, last_event, digest, marks
-FROM (SELECT unnest({sql_literal(list(segments))}) AS claimed)
+SELECT 'segment' AS kind, claimed AS segment, coalesce(events, 0) AS events, first_event, last_event, digest,
+  marks FROM (SELECT unnest({sql_literal(list(segments))}) AS claimed)
 LEFT JOIN ({digests("batch", order="seq")}) ON segment = claimed ORDER BY claimed"""
 
 
 def entry_of(kind: str, events: int, detail: str, **more: str | int | None) -> str:
-    """Return the statement that prepares another entry; times are in microseconds."""
-    values = [
+    """Return the query of another entry; times are in microseconds."""
+    return "SELECT " + ", ".join(
         f"{'make_timestamp' if name.endswith('_event') else ''}({sql_literal(value)}) AS {name}"
         for name, value in {"kind": kind, "events": events, "detail": detail, **more}.items()
-    ]
-    return f"INSERT INTO entries BY NAME SELECT {', '.join(values)}"
+    )
 
-
-# --- writing and asking
 
 _LEGACY_ROWS = 250_000  # whose hashes fit a guest's memory
 
@@ -7080,71 +7003,80 @@ class Ledger(Target):
     """A target with its ledger, which continues the chain of one journal."""
 
     head: Head | None = None  # as this process last committed it
-    _next_head: Head | None = None  # within a transaction
+    _next_head: Head | None = None
 
     @contextlib.contextmanager
     def writing(self, engine: Engine) -> Iterator[None]:
         """Run the block as one durable transaction; a journal has one at a time."""
         self.create_tables(engine)
-        engine.execute("BEGIN")
+        ask, self._next_head = engine.execute, self.head
+        ask("BEGIN")
         if self.is_lake:
-            engine.execute(f"UPDATE audit.turn_{self.journal.identity()} SET taken = taken + 1")
-        self._next_head = self.head
+            ask(f"UPDATE audit.turn_{self.journal.identity()} SET taken = taken + 1")
         yield
-        engine.execute("COMMIT")
+        ask("COMMIT")
         self.head = self._next_head
         if self.is_lake:
-            ((commit,),) = engine.execute("SELECT id::BIGINT FROM ducklake_last_committed_snapshot('audit')")
+            ((commit,),) = ask("SELECT id::BIGINT FROM ducklake_last_committed_snapshot('audit')")
             self.commits.append(commit or 0)
         if self.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing
-            engine.execute("CHECKPOINT audit")
+            ask("CHECKPOINT audit")
+
+    def take(self, engine: Engine, segments: Collection[str], entries: list[str]) -> None:
+        """Move `batch`, the rows of segments, into `logs`, and enter that, and other entries."""
+        if segments:
+            self.change_logs(engine, INSERT_ROWS)
+            entries = [entries_of(segments), *entries]
+        if entries:
+            self.enter(engine, entries)
 
     def enter(self, engine: Engine, entries: Iterable[str]) -> None:
-        """Append entries to the chain; the rows of an older table come first."""
-        keys = seal_keys()
-        journal = self.journal.identity()
-        host = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
+        """Append the entries of queries to the chain; the rows of an older table come first."""
+        import platform
+
+        ask, keys, journal = engine.execute, seal_keys(), self.journal.identity()
         (head,) = chain_heads(engine, journal) or [Head(journal, 0, 0, "")]
         if head.seal.startswith(_KEYED) and not keys:
             text = "the ledger is sealed with a key, and an entry without it would look forged: "
             raise StoreError(text + "set MXCP_AUDIT_KEY or MXCP_AUDIT_KEY_FILE")
-        engine.execute(f"CREATE OR REPLACE TEMP TABLE entries ({LEDGER_DEFINITIONS})")
+        ask(f"CREATE OR REPLACE TEMP TABLE entries ({LEDGER_DEFINITIONS})")
         if is_ledger_empty(engine):
-            engine.execute(SOUND_LOGS + sound_rows(self.columns(engine)["logs"]))
-            for first, last in engine.execute(ranges("segment IS NULL"), {"size": _LEGACY_ROWS}):
-                days = f"segment IS NULL AND {SEGMENT_OR_DAY} BETWEEN '{first}' AND '{last}'"
-                legacy = digests("sound_logs", days, segment=SEGMENT_OR_DAY)
-                engine.execute(
-                    "INSERT INTO entries BY NAME SELECT 'legacy' AS kind, segment, events, first_event, "
-                    f"last_event, digest FROM ({legacy}) ORDER BY segment"
-                )
-        for sql in entries:
-            engine.execute(sql)
-        engine.execute(
-            "CREATE OR REPLACE TEMP TABLE numbered AS SELECT * REPLACE ($journal AS journal, "
-            "$position + row_number() OVER (ORDER BY rowid) AS position, $host AS host, "
-            "$now::TIMESTAMP AS ingested_at) FROM entries",
-            {"journal": journal, "position": head.position, "host": host, "now": sql_time(utc_now())},
-        )
+            ask(SOUND_LOGS + sound_rows(self.columns(engine)["logs"]))
+            days = ask(ranges("segment IS NULL"), {"size": _LEGACY_ROWS})
+            entries = [*(_legacy_entries(*span) for span in days), *entries]
+        for query in entries:
+            ask(f"INSERT INTO entries BY NAME {query}")
+        now = {"journal": journal, "last": head.position, "host": platform.node(), "now": sql_time(utc_now())}
+        numbered = """\
+CREATE OR REPLACE TEMP TABLE numbered AS SELECT * REPLACE ($journal AS journal, $host AS host,
+  $last + row_number() OVER (ORDER BY rowid) AS position, $now::TIMESTAMP AS ingested_at) FROM entries"""
+        ask(numbered, now)
         seals = []
-        numbered = f"SELECT position, kind, events, {ENTRY_HASH} FROM numbered ORDER BY position"
-        for place, kind, count, row in engine.execute(numbered):
+        rows = f"SELECT position, kind, events, {ENTRY_HASH} FROM numbered ORDER BY position"
+        for place, kind, count, row in ask(rows):
             seal = make_seal(head.seal, row, keys[0] if keys else None)
-            head = Head(journal, place, head.events + (count if kind == "segment" else 0), seal)
+            head = Head(journal, place, head.events + count * (kind == "segment"), seal)
             seals.append((place, seal))
-        engine.execute(
-            "INSERT INTO audit.ledger BY NAME SELECT numbered.* REPLACE (sealed AS seal) FROM numbered "
-            f"JOIN ({listed('place BIGINT, sealed VARCHAR', seals)}) ON position = place"
-        )
+        sealed = listed("place BIGINT, sealed VARCHAR", seals)
+        ask(f"""\
+INSERT INTO audit.ledger BY NAME
+SELECT numbered.* REPLACE (sealed AS seal) FROM numbered JOIN ({sealed}) ON position = place""")
         self._next_head = head
 
 
+def _legacy_entries(first: str, last: str) -> str:
+    days = f"segment IS NULL AND {SEGMENT_OR_DAY} BETWEEN '{first}' AND '{last}'"
+    return f"""\
+SELECT 'legacy' AS kind, segment, events, first_event, last_event, digest
+FROM ({digests("sound_logs", days, segment=SEGMENT_OR_DAY)}) ORDER BY segment"""
+
+
 def is_ledger_empty(engine: Engine) -> bool:
-    return bool(engine.execute("SELECT count(*) = 0 FROM audit.ledger")[0][0])
+    return not engine.execute("SELECT true FROM audit.ledger LIMIT 1")
 
 
 def chain_heads(engine: Engine, journal: str | None = None) -> list[Head]:
-    """Return the end of each journal's chain, or of one's."""
+    """Return the end of each journal's chain, or of one."""
     sql = """\
 SELECT coalesce(journal, ''), max(position), coalesce(sum(events) FILTER (WHERE kind = 'segment'), 0)::BIGINT,
   coalesce(arg_max(seal, position), '')
@@ -7153,7 +7085,6 @@ FROM audit.ledger WHERE $journal IS NULL OR journal = $journal GROUP BY ALL ORDE
 
 
 def known_segments(engine: Engine, segments: Collection[str], *, kind: str = "segment") -> set[str]:
-    """Return which of the segments have an entry of a kind."""
     sql = f"SELECT segment FROM audit.ledger WHERE kind = '{kind}' AND {among('segment', segments)}"
     return {segment for (segment,) in engine.execute(sql)} if segments else set()
 
@@ -7174,195 +7105,176 @@ INGEST_BYTES = 64 * 2**20  # in one transaction: fits a guest's memory
 _LONGEST_READ = 2**25  # a longer line is put aside: DuckDB needs several times its size
 _LINE_SEQ = re.compile(rb',"seq":[0-9]+\}$')
 _CONFLICT_SECONDS = 1.5  # tries while other hosts write, too
+_Faults: TypeAlias = dict[str, list[tuple[int, str, bytes]]]  # by segment: number, reason, line
 
 
-class Ingest:
-    """Takes sealed and orphaned segments, and losses, into the database."""
+def ingest_journal(target: Ledger, told: Diagnostics) -> list[JournalError]:
+    """Ingest all that can be claimed; return what prevented the rest."""
+    seen: set[str] = set()  # an undeletable segment would be claimed for ever
+    while True:
+        claims, problems = target.journal.claim(limit_bytes=INGEST_BYTES, skip=seen)
+        is_more = target.journal.take_unfinished()
+        lost = target.journal.losses()
+        if claims or lost:
+            _take(target, told, claims, lost)
+        seen.update(claim.id for claim in claims)
+        if not claims and not is_more:
+            return problems
 
-    def __init__(self, target: Ledger, diagnostics: Diagnostics) -> None:
-        self._target = target
-        self._journal = target.journal
-        self._diagnostics = diagnostics
 
-    def run(self) -> list[JournalError]:
-        """Ingest everything that can be claimed."""
-        seen: set[str] = set()  # an undeletable one would be claimed for ever
-        while True:
-            claims, problems = self._journal.claim(limit_bytes=INGEST_BYTES, skip=seen)
-            is_more = self._journal.take_unfinished()
-            lost = self._journal.losses()
-            if claims or lost:
-                self._take(claims, lost)
-            seen.update(claim.id for claim in claims)
-            if not claims and not is_more:
-                return problems
-
-    def _take(self, claims: list[Claim], lost: Mapping[str, Loss]) -> None:
-        """Ingest segments, in halves if they are too much at once; then delete and count them."""
-        refuse_fatal_limit()
-        target = self._target
-
-        def move() -> tuple[Mapping[str, int], set[str]]:
-            losses = self._stage(engine, claims, folder)
-            return losses, self._commit(engine, claims, losses, lost)
-
+def _take(target: Ledger, told: Diagnostics, claims: list[Claim], lost: Mapping[str, Loss]) -> None:
+    """Ingest segments, in halves if need be; then delete and count them."""
+    refuse_fatal_limit()
+    wait = 0.0 if target.is_file else _CONFLICT_SECONDS
+    try:
+        with (
+            contextlib.closing(target.open_engine(guest=True)) as engine,
+            scratch_folder(target.journal.directory) as folder,
+        ):
+            faults, fresh = patiently(lambda: _move(engine, target, claims, lost, folder), wait)
+    except QueryError as error:
+        if not is_data_fault(error) or len(claims) < 2:
+            raise
+        half = len(claims) // 2  # one of them is damaged, or needs too much memory
+        _take(target, told, claims[:half], lost)
+        _take(target, told, claims[half:], {})
+        return
+    for claim in claims:
+        count = len(faults.get(claim.id, ()))
+        if claim.id in fresh:
+            told.ingested += claim.lines - count
+        if count:
+            told.rejected += count
+            text = f"{counted(count, 'line')} of {claim.path} can't be ingested; they are in .rejected"
+            told.report("rejected", text)
+        if claim.torn:
+            text = f"{claim.path} ended within a line; {counted(claim.torn, 'byte')} kept in .torn"
+            told.report("torn", text)
+    for path in [*(claim.path for claim in claims), *lost]:
         try:
-            with (
-                contextlib.closing(target.open_engine(guest=True)) as engine,
-                scratch_folder(self._journal.directory) as folder,
-            ):
-                losses, fresh = patiently(move, 0.0 if target.is_file else _CONFLICT_SECONDS)
-        except QueryError as error:
-            if not is_data_fault(error) or len(claims) < 2:
-                raise
-            half = len(claims) // 2  # one of them is damaged, or needs too much memory
-            self._take(claims[:half], lost)
-            self._take(claims[half:], {})
-            return
-        for claim in claims:
-            faults = losses.get(claim.id, 0)
-            if claim.id in fresh:
-                self._diagnostics.ingested += claim.lines - faults
-                if faults:
-                    self._reject(claim, faults)
-            if claim.torn:
-                text = f"{claim.path} ended within a line; {counted(claim.torn, 'byte')} kept in .torn"
-                self._diagnostics.report("torn", text)
-        for path in [*(claim.path for claim in claims), *lost]:
-            try:
-                os.unlink(path)
-            except OSError as error:
-                text = f"{path} can't be deleted; it is not ingested again"
-                self._diagnostics.report("delete", text, error=error)
+            os.unlink(path)
+        except OSError as error:
+            told.report("delete", f"{path} can't be deleted; it is not ingested again", error=error)
 
-    def _reject(self, claim: Claim, faults: int) -> None:
-        self._diagnostics.rejected += faults
-        text = f"{counted(faults, 'line')} of {claim.path} can't be ingested; they are in .rejected"
-        self._diagnostics.report("rejected", text)
 
-    def _stage(self, engine: Engine, claims: list[Claim], folder: str) -> dict[str, int]:
-        """Read the segments into `batch`; return how many lines each lost."""
-        wanted = {claim.id: [claim.lines] * 3 for claim in claims}
-        try:
-            if not claims or self._read(engine, combine([claim.path for claim in claims], folder)) == wanted:
-                return {}
-        except QueryError as error:
-            if not is_data_fault(error):
-                raise
-        if len(claims) > 1:
-            raise QueryError("Invalid Input Error: a segment holds lines that can't be read")
-        return {claims[0].id: self._salvage(engine, claims[0], folder)}
-
-    def _read(self, engine: Engine, files: Sequence[str], *, lenient: bool = False) -> dict[str, list[int]]:
-        """Stage files; return of each segment how many seqs, different seqs and times it has."""
-        longest = min(max(LONGEST_LINE, *(os.stat(path).st_size + 1 for path in files)), _LONGEST_READ)
-        engine.execute(STAGE, {"files": files, "longest": longest, "lenient": lenient})
-        sql = "SELECT segment, count(seq), count(DISTINCT seq), count(timestamp) FROM batch GROUP BY ALL"
-        return {segment: counts for segment, *counts in engine.execute(sql)}
-
-    def _salvage(self, engine: Engine, claim: Claim, folder: str) -> int:
-        """Stage the good lines of a segment, put the others aside and count those."""
-        good: dict[int, tuple[int, bytes]] = {}  # by seq
-        faults: list[tuple[int, str, bytes]] = []
-        # A power loss leaves NULs for blocks that never reached the disk; the line after them is whole.
-        lines = re.split(rb"\n|\0(?=\{)", read_file(claim.path))[:-1]
-        claim.lines = len(lines)
-        for number, line in enumerate(lines, 1):
-            try:
-                seq = event_of_line(line)["seq"]
-                if seq in good:
-                    raise ValueError(f"seq {seq} stands twice")
-                if len(line) > _LONGEST_READ:
-                    raise ValueError("it is too long for DuckDB's memory")
-                good[seq] = number, line
-            except ValueError as error:
-                faults.append((number, str(error), line))
-        scratch = os.path.join(folder, COMBINED + SEGMENT_SUFFIX)
-        replace_file(scratch, named_lines(claim.id, b"".join(line + b"\n" for _, line in good.values())))
-        self._read(engine, [scratch], lenient=True)  # what DuckDB can't read has no seq
-        engine.execute(
-            f"DELETE FROM batch WHERE timestamp IS NULL OR ({among('seq', [0, *good])}) IS NOT TRUE"
-        )
-        for (seq,) in engine.execute("SELECT seq FROM batch"):
-            good.pop(seq, None)
-        faults += [(number, "DuckDB can't read it", line) for number, line in good.values()]
-        if faults:
-            claim.reject(sorted(faults))
-        return len(faults)
-
-    def _commit(
-        self, engine: Engine, claims: list[Claim], losses: Mapping[str, int], lost: Mapping[str, Loss]
-    ) -> set[str]:
-        """Move `batch` into the database; return the segments that were new to it."""
-        target, segments = self._target, [claim.id for claim in claims]
-        with target.attached(engine, read_only=False), target.writing(engine):
-            known = known_segments(engine, segments)
-            fresh = [segment for segment in segments if segment not in known]
-            entries: list[str] = []
-            if known:
-                entries += self._keep_strangers(engine, [claim for claim in claims if claim.id in known])
-                where = among("segment", known)
-                engine.execute(f"DELETE FROM batch WHERE {where}")
-                if target.is_file:  # let the checkpoint write: after a failed fsync the disk may lack it
-                    touch = "UPDATE audit.ledger SET ingested_at = ingested_at WHERE kind = 'segment'"
-                    engine.execute(f"{touch} AND {where}")
-            losses = {**losses, **self._put_aside_late(engine, claims)}
-            if fresh:
-                target.change_logs(engine, INSERT_ROWS)
-                entries.append(entries_of(fresh))
-                text = "lines that could not be ingested, kept in the journal as .rejected"
-                lossy = [segment for segment in fresh if losses.get(segment)]
-                entries += [entry_of("loss", losses[each], text, segment=each) for each in lossy]
-            of_writers = {segment_id_of(path): loss for path, loss in lost.items()}
-            for segment in sorted(of_writers.keys() - known_segments(engine, of_writers, kind="loss")):
-                loss = of_writers[segment]
-                text = f"{loss.reason}, between {loss.first} and {loss.last}"
-                entries.append(entry_of("loss", loss.events, text, segment=segment))
-            if entries:
-                target.enter(engine, entries)
-        return set(fresh)
-
-    def _put_aside_late(self, engine: Engine, claims: list[Claim]) -> dict[str, int]:
-        """Put aside the ends of calls on record as unfinished; count them by segment."""
-        calls = {call: (claim, seq) for claim in claims for call, seq in claim.calls.items()}
-        if not calls:
+def _stage(engine: Engine, claims: list[Claim], folder: str) -> _Faults:
+    """Read the segments into `batch`; return the lines that can't be."""
+    wanted = {claim.id: [claim.lines] * 3 for claim in claims}
+    try:
+        if not claims or _stage_files(engine, combine([claim.path for claim in claims], folder)) == wanted:
             return {}
-        since = f"try_strptime({sql_literal(min(calls)[:22])}, '%Y%m%dT%H%M%S%fZ') - INTERVAL 1 MINUTE"
-        call_of = """regexp_extract(context, '"mxcp.call": ?"([^"]+)"', 1)"""
-        sql = f"""\
+    except QueryError as error:
+        if not is_data_fault(error):
+            raise
+    if len(claims) > 1:
+        raise QueryError("Invalid Input Error: a segment holds lines that can't be read")
+    return {claims[0].id: _salvage(engine, claims[0], folder)}
+
+
+def _stage_files(engine: Engine, files: Sequence[str], *, lenient: bool = False) -> dict[str, list[int]]:
+    """Stage files; return each segment's numbers of seqs, different seqs and times."""
+    longest = min(max(LONGEST_LINE, *(os.stat(path).st_size + 1 for path in files)), _LONGEST_READ)
+    engine.execute(STAGE, {"files": files, "longest": longest, "lenient": lenient})
+    sql = "SELECT segment, count(seq), count(DISTINCT seq), count(timestamp) FROM batch GROUP BY ALL"
+    return {segment: counts for segment, *counts in engine.execute(sql)}
+
+
+def _salvage(engine: Engine, claim: Claim, folder: str) -> list[tuple[int, str, bytes]]:
+    """Stage the good lines of a segment, and return the others."""
+    good: dict[int, tuple[int, bytes]] = {}  # by seq
+    faults: list[tuple[int, str, bytes]] = []
+    # After a power loss NULs stand for lost blocks; the line after them is whole.
+    lines = re.split(rb"\n|\0(?=\{)", read_file(claim.path))[:-1]
+    claim.lines = len(lines)
+    for number, line in enumerate(lines, 1):
+        try:
+            seq = event_of_line(line)["seq"]
+            if seq in good:
+                raise ValueError(f"seq {seq} stands twice")
+            if len(line) > _LONGEST_READ:
+                raise ValueError("it is too long for DuckDB's memory")
+            good[seq] = number, line
+        except ValueError as error:
+            faults.append((number, str(error), line))
+    scratch = os.path.join(folder, COMBINED + SEGMENT_SUFFIX)
+    replace_file(scratch, named_lines(claim.id, b"".join(line + b"\n" for _, line in good.values())))
+    _stage_files(engine, [scratch], lenient=True)  # what DuckDB can't read has no seq
+    seqs = among("seq", [0, *good])
+    engine.execute(f"DELETE FROM batch WHERE timestamp IS NULL OR ({seqs}) IS NOT TRUE")
+    for (seq,) in engine.execute("SELECT seq FROM batch"):
+        good.pop(seq, None)
+    return faults + [(number, "DuckDB can't read it", line) for number, line in good.values()]
+
+
+def _move(
+    engine: Engine, target: Ledger, claims: list[Claim], lost: Mapping[str, Loss], folder: str
+) -> tuple[_Faults, set[str]]:
+    """Move segments into the database; return bad lines, and the segments that were new to it."""
+    faults, more, entries = _stage(engine, claims, folder), list[list[bytes]](), list[str]()
+    with target.attached(engine, write=True), target.writing(engine):
+        known = known_segments(engine, [claim.id for claim in claims])
+        fresh = [claim for claim in claims if claim.id not in known]
+        if known:
+            more = _strange_lines(engine, [claim for claim in claims if claim.id in known], faults)
+            where = among("segment", known)
+            engine.execute(f"DELETE FROM batch WHERE {where}")
+            if target.is_file:  # let the checkpoint write: after a failed fsync the disk may lack it
+                touch = "UPDATE audit.ledger SET ingested_at = ingested_at WHERE kind = 'segment'"
+                engine.execute(f"{touch} AND {where}")
+        _put_aside_late(engine, fresh, faults)
+        text = "lines that could not be ingested, kept in the journal as .rejected"
+        for claim in claims:
+            if lines := faults.get(claim.id):
+                claim.reject(sorted(lines))
+                entries.append(entry_of("loss", len(lines), text, segment=claim.id))
+        of_writers = {segment_id_of(path): loss for path, loss in lost.items()}
+        for segment in sorted(of_writers.keys() - known_segments(engine, of_writers, kind="loss")):
+            loss = of_writers[segment]
+            text = f"{loss.reason}, between {loss.first} and {loss.last}"
+            entries.append(entry_of("loss", loss.events, text, segment=segment))
+        target.take(engine, ids := [claim.id for claim in fresh], entries)
+    for rest in more:  # not before the commit: after a failed one they come again
+        numbered = [finish_line(_LINE_SEQ.sub(b"", line), seq) for seq, line in enumerate(rest, 1)]
+        opened = target.journal.open_segment()
+        opened.append(b"".join(numbered), len(numbered), durable=True)
+        opened.seal()
+    return faults, {*ids}
+
+
+def _put_aside_late(engine: Engine, claims: list[Claim], faults: _Faults) -> None:
+    """Take the ends of calls on record as unfinished out of `batch`."""
+    calls = {call for claim in claims for call in claim.calls}
+    if not calls:
+        return
+    since = f"try_strptime({sql_literal(min(calls)[:22])}, '%Y%m%dT%H%M%S%fZ') - INTERVAL 1 MINUTE"
+    call_of = """regexp_extract(context, '"mxcp.call": ?"([^"]+)"', 1)"""
+    sql = f"""\
 SELECT DISTINCT {call_of} AS call FROM audit.logs WHERE timestamp >= coalesce({since}, '-infinity')
   AND error = {sql_literal(UNFINISHED)} AND {among(call_of, calls)}"""
-        late = collections.defaultdict[str, list[tuple[int, str, bytes]]](list)
-        for (call,) in engine.execute(sql):
-            claim, seq = calls[call]
-            lines = read_file(claim.path).splitlines()
-            line = next((line for line in lines if call.encode() in line), b"")
-            late[claim.id].append((seq, "its call is on record already, as unfinished", line))
-        for claim in claims:
-            if faults := late.get(claim.id):
-                seqs = among("seq", [seq for seq, *_ in faults])
-                engine.execute(f"DELETE FROM batch WHERE segment = '{claim.id}' AND {seqs}")
-                claim.reject(sorted(faults))
-        return {segment: len(faults) for segment, faults in late.items()}
+    late = {call for (call,) in engine.execute(sql)}
+    reason = "its call is on record already, as unfinished"
+    for claim in claims:
+        calls = claim.calls.keys() & late
+        lines = read_file(claim.path).splitlines() if calls else []
+        for seq, call in sorted((claim.calls[call], call.encode()) for call in calls):
+            engine.execute(f"DELETE FROM batch WHERE segment = '{claim.id}' AND seq = {seq}")
+            line = next((line for line in lines if call in line), b"")
+            faults.setdefault(claim.id, []).append((seq, reason, line))
 
-    def _keep_strangers(self, engine: Engine, claims: list[Claim]) -> Iterator[str]:
-        """Keep lines of known segments that the ledger lacks: a cloned host continues a copy."""
-        same: dict[str, int] = dict(engine.execute(KNOWN_LINES, {"segments": [claim.id for claim in claims]}))
-        for claim in claims:
-            lines = read_file(claim.path).split(b"\n")[:-1]
-            events = same.get(claim.id)
-            if events is not None and len(lines) > events:
-                more = self._journal.open_segment()
-                rest = [_LINE_SEQ.sub(b"", line) for line in lines[events:]]
-                numbered = [finish_line(line, seq) for seq, line in enumerate(rest, 1)]
-                more.append(b"".join(numbered), len(rest), durable=True)
-                more.seal()
-            elif events is None and lines:
-                reason = "the ledger knows a segment of this name with other lines"
-                claim.reject((number, reason, line) for number, line in enumerate(lines, 1))
-                text = f"{reason}; these are kept in the journal as .rejected"
-                self._reject(claim, len(lines))
-                yield entry_of("loss", len(lines), text, segment=claim.id)
+
+def _strange_lines(engine: Engine, claims: list[Claim], faults: _Faults) -> list[list[bytes]]:
+    """Return lines that the ledger lacks at the end of known segments: a cloned host goes on with a copy."""
+    same: dict[str, int] = dict(engine.execute(KNOWN_LINES, {"segments": [claim.id for claim in claims]}))
+    more = []
+    for claim in claims:
+        lines = read_file(claim.path).split(b"\n")[:-1]
+        faults[claim.id] = []
+        if claim.id in same:
+            more.append(lines[same[claim.id] :])
+        else:
+            reason = "the ledger knows a segment of this name with other lines"
+            faults[claim.id] = [(number, reason, line) for number, line in enumerate(lines, 1)]
+    return [*filter(None, more)]
 
 
 def refuse_fatal_limit() -> None:
@@ -7379,26 +7291,25 @@ def refuse_fatal_limit() -> None:
 #
 # Table and journal as one log, in which every event is seen once (docs/design.md).
 
+_BOTH = ("table_rows", "journal_rows")
+
 
 class Reading:
     """Table and journal, open for reading; the journal alone if there is a `problem`."""
 
     def __init__(self, engine: Engine, folder: str, target: Target) -> None:
-        self.engine = engine
-        self._folder = folder  # for small segments together
-        self._target = target
-        self._journal = target.journal
+        self.engine, self._folder, self._target, self._journal = engine, folder, target, target.journal
         self.problem: StoreError | None = None
         self.schema: str | None = None  # in which PostgreSQL itself selects first rows
         self.oddities: list[str] = []
-        self.has_table = self.has_journal = self.has_ledger = self.has_running = self._is_attached = False
+        self.has_table = self.has_journal = self.has_ledger = self._is_attached = False
 
     def open(self, wait: float) -> contextlib.ExitStack:
         """Open both, or the journal alone; closing the result closes them."""
         for _ in tries(wait):
             try:
                 self.problem = None
-                return self._open_both()
+                return self._open(with_table=True)
             except (DatabaseLockedError, DatabaseNotFoundError) as error:
                 if isinstance(error, DatabaseNotFoundError) and not self._target.is_file:
                     break
@@ -7406,33 +7317,33 @@ class Reading:
             except (DatabaseCorruptError, DatabaseUnreachableError) as error:
                 self.problem = error
                 break
-        with contextlib.ExitStack() as stack:
-            self._keep_segments(stack)
-            self.open_views(None, self._segments())
-            return stack.pop_all()
+        return self._open(with_table=False)
 
-    def _open_both(self) -> contextlib.ExitStack:
-        target = self._target
+    def _open(self, *, with_table: bool) -> contextlib.ExitStack:
+        target, present = self._target, dict[str, dict[str, str]]()
         with contextlib.ExitStack() as stack:
-            if not target.is_file or target.is_absent():  # there is no lock of DuckDB's on it
-                if not self._keep_segments(stack):
-                    raise DatabaseLockedError(
-                        f"{target.name}: this host's journal is being ingested; try again"
-                    )
-                if target.is_absent():
-                    self.open_views(None, self._segments())
-                    return stack.pop_all()
-            stack.enter_context(target.attached(self.engine, read_only=True))
+            has_file = with_table and not target.is_absent()
+            if not (has_file and target.is_file):  # no lock of DuckDB's keeps ingests out
+                is_ours = True
+                with suppress(JournalError):  # this user may only read the journal
+                    is_ours = stack.enter_context(self._journal.ingest_lock(shared=True))
+                if with_table and not is_ours:
+                    text = "this host's journal is being ingested; try again"
+                    raise DatabaseLockedError(f"{target.name}: {text}")
+            if has_file:
+                stack.enter_context(target.attached(self.engine))
+                self._is_attached = True
+                self.schema = target.schema if target.is_postgres else None
             segments = self._segments()
-            self._is_attached = True
-            self.schema = target.schema if target.is_postgres else None
-            present = target.columns(self.engine)
-            self.oddities = target.oddities(self.engine)
-            if any(text.endswith(VIEW) for text in self.oddities):  # it could read any file
-                present = {}
-                self.problem = StoreError(f"{target.name}: what should be a table is a view, and is not read")
-            self.open_views(present.get("logs"), unknown_segments(self.engine, segments, present))
+            if has_file:
+                present = target.columns(self.engine)
+                self.oddities = target.oddities(self.engine)
+                if any(text.endswith(VIEW) for text in self.oddities):  # it could read any file
+                    present = {}
+                    text = "what should be a table is a view, and is not read"
+                    self.problem = StoreError(f"{target.name}: {text}")
             self.has_ledger = "ledger" in present
+            self.open_views(present.get("logs"), unknown_segments(self.engine, segments, present))
             return stack.pop_all()
 
     def _segments(self) -> list[str]:
@@ -7445,25 +7356,14 @@ class Reading:
         segments = self._journal.segments()  # later: a call may end in between
         return [*segments, *(left[path] for path in left.keys() - set(segments))]
 
-    def _keep_segments(self, stack: contextlib.ExitStack) -> bool:
-        """Keep ingests out where no lock on the database does; False if one runs."""
-        try:
-            return stack.enter_context(self._journal.ingest_lock(shared=True))
-        except JournalError:  # this user may only read the journal
-            return True
-
-    # --- asking and exporting
-
     def open_running(self, lines: bytes) -> None:
         """Define the view `running_rows` of calls that run, with seq 0."""
-        self.has_running = bool(lines)
         path = os.path.join(self._folder, new_segment_id(0) + SEGMENT_SUFFIX)
         if lines:
             write_file(path, lines)
         self._define("running_rows", journal_rows([path] if lines else [], len(lines)))
 
     def open_views(self, table: Mapping[str, str] | None, segments: Sequence[str]) -> None:
-        """Define the views `table_rows` and `journal_rows`."""
         self.has_table = table is not None
         if table is None or dict(COLUMNS) != table:
             self.schema = None  # PostgreSQL lacks what is converted
@@ -7480,41 +7380,36 @@ class Reading:
         self.engine.execute("CREATE OR REPLACE TEMP TABLE journal_copy AS SELECT * FROM journal_rows")
         self._define("journal_rows", "SELECT * FROM journal_copy")
 
-    def _source(
-        self, what: Filter, count: int | None = None, order: str = "", *, running: bool | None = False
-    ) -> str:
-        """Return the query of the events; `running`: of running calls, None: of both."""
-        # A limit on the union alone is 40 times slower on 10 million rows.
-        where, table, tail = what.where(), "table_rows", ""
-        if count is not None:
-            tail = f" ORDER BY {order} LIMIT {count}"
-            if self.schema is not None and what.text is None:  # ILIKE differs there
-                table = _postgres_rows(self.schema, where, count, oldest_first=order == OLDEST_FIRST)
-        views = [] if running else [table, "journal_rows"]
-        views += [] if running is False else ["running_rows"]
+    def _source(self, what: Filter, views: Sequence[str] = _BOTH, tail: str = "") -> str:
+        where = what.where()
         return " UNION ALL BY NAME ".join(f"(SELECT * FROM {view} WHERE {where}{tail})" for view in views)
 
     def _select(
-        self, columns: str, what: Filter, count: int | None, oldest_first: bool, *, running: bool = False
+        self, columns: str, what: Filter, count: int | None, oldest_first: bool, views: Sequence[str] = _BOTH
     ) -> str:
         order = OLDEST_FIRST if oldest_first else NEWEST_FIRST
-        tail = "" if count is None else f" LIMIT {count}"
-        source = self._source(what, count, order, running=running)
-        return f"SELECT {columns} FROM (SELECT * FROM ({source}) ORDER BY {order}{tail})"
+        tail = f" ORDER BY {order}{'' if count is None else f' LIMIT {count}'}"
+        if self.schema is not None and count is not None and what.text is None and views is _BOTH:
+            way = "" if oldest_first else " DESC"  # not for a text, because ILIKE differs there
+            views = (_postgres_rows(self.schema, what.where(), count, way), "journal_rows")
+        # A limit on the union alone is 40 times slower on 10 million rows.
+        source = self._source(what, views, "" if count is None else tail)
+        return f"SELECT {columns} FROM (SELECT * FROM ({source}){tail})"
 
     def rows(
         self, what: Filter, *, count: int | None = 100, oldest_first: bool = False, columns: str = ""
     ) -> Iterator[Row]:
-        """Yield matching events, newest first, as PUBLIC_COLUMNS or other SQL expressions."""
+        """Yield matching events, newest first, as PUBLIC_COLUMNS or other columns."""
         return self.engine.stream(self._select(columns or public_select(), what, count, oldest_first))
 
     def running(self, what: Filter, *, count: int = 100) -> list[Row]:
         """Return matching calls that run on this host, oldest first."""
-        return self.engine.execute(self._select(public_select(), what, count, True, running=True))
+        return self.engine.execute(self._select(public_select(), what, count, True, ("running_rows",)))
 
     def stats(self, what: Filter, *, by: str, sort: str = "calls", count: int = 100) -> list[Row]:
         """Return a row for each group of events: its name, then STATS_COLUMNS."""
-        return self.engine.execute(stats_query(self._source(what, running=None), by, sort, count))
+        source = self._source(what, (*_BOTH, "running_rows"))
+        return self.engine.execute(stats_query(source, by, sort, count))
 
     def ask(self, what: Filter, sql: str) -> list[Row]:
         """Run a query over `events`, the matching ones with their ids."""
@@ -7524,35 +7419,33 @@ class Reading:
     def around(self, session: str, event_id: str, count: int) -> list[Row]:
         """Return an event and up to `count` of its session before and after it."""
         sql = f"""\
-SELECT {public_select()} FROM (
-  SELECT *, max(place) FILTER (WHERE event_id = {sql_literal(event_id)}) OVER () AS mine
-  FROM (SELECT *, row_number() OVER (ORDER BY {OLDEST_FIRST}) AS place FROM events))
-WHERE abs(place - mine) <= {count} ORDER BY place"""
+SELECT {public_select()} FROM (SELECT *, row_number() OVER (ORDER BY {OLDEST_FIRST}) AS place FROM events)
+QUALIFY abs(place - max(place) FILTER (WHERE event_id = {sql_literal(event_id)}) OVER ()) <= {count}
+ORDER BY place"""
         return self.ask(Filter(session=session), sql)
 
     def ids_like(self, part: str) -> list[Row]:
-        """Return up to three event ids that begin with `part`, or have it after the time."""
+        """Return up to three event ids with `part` at the beginning or behind the time."""
         condition = f"event_id LIKE {sql_literal(f'{part}%')} OR event_id LIKE {sql_literal(f'%-{part}')}"
         return self.ask(Filter(), f"SELECT event_id FROM events WHERE {condition} LIMIT 3")
 
     def losses(self, since: str = "-infinity") -> list[Row]:
         """Return when lost events were entered, how many, and why."""
         sql = f"""\
-SELECT strftime(ingested_at, {_ISO_FORMAT}) AS entered, events, coalesce(detail, '') AS detail
-FROM audit.ledger WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER BY ingested_at, position"""
+SELECT strftime(ingested_at, {_ISO_FORMAT}), events, coalesce(detail, '') FROM audit.ledger
+WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER BY ingested_at, position"""
         return self.engine.execute(sql, {"since": since}) if self.has_ledger else []
 
     def query(self, statement: str) -> tuple[list[str], Iterator[Row]]:
         """Run one SELECT over the view `logs` and return its column names and its rows.
 
-        It can read nothing else: files, extensions and settings are locked for the rest of the session.
-        Values are those of JSON; what it lacks (times, intervals, bytes) is text.
+        It can read nothing else, because the rest of the session is locked. Values are those of JSON, and
+        text if it has none such (times, bytes).
         """
         ask = self.engine.execute
         self.freeze_journal()
         columns = ", ".join(PUBLIC_COLUMNS[:-1])
-        rows = "SELECT * FROM table_rows UNION ALL BY NAME SELECT * FROM journal_rows"
-        self._define("logs", f"SELECT {columns}, {EVENT_ID} AS event_id FROM ({rows})")
+        self._define("logs", f"SELECT {columns}, {EVENT_ID} AS event_id FROM ({self._source(Filter())})")
         if self._is_attached and self._target.is_lake:
             metadata = "__ducklake_metadata_audit.ducklake_metadata"
             for (path,) in ask(f"SELECT value FROM {metadata} WHERE key = 'data_path'"):
@@ -7563,13 +7456,13 @@ FROM audit.ledger WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER 
         described = "SELECT column_name, column_type FROM (DESCRIBE SELECT * FROM query($statement))"
         names, types = zip(*ask(described, params))
         places = [f"c{number}" for number in range(len(names))]
-        texts = ["::VARCHAR" if sql_type in ("BLOB", "BIT") else "" for sql_type in types]  # for DuckDB 1.2
-        values = ", ".join(
-            f"to_json({place}{text})::VARCHAR AS {place}" for place, text in zip(places, texts)
+        values = ", ".join(  # as text, for DuckDB 1.2
+            f"to_json({place}{'::VARCHAR' if kind in ('BLOB', 'BIT') else ''})::VARCHAR AS {place}"
+            for place, kind in zip(places, types)
         )
         sql = f"SELECT {values} FROM (SELECT * FROM query($statement)) AS result({', '.join(places)})"
         found = self.engine.stream(sql, params)
-        return list(names), (tuple(text and decode_json(text) for text in row) for row in found)
+        return [*names], (tuple(text and decode_json(text) for text in row) for row in found)
 
     def export(
         self,
@@ -7584,12 +7477,12 @@ FROM audit.ledger WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER 
         progress: Callable[[int], None] | None = None,
     ) -> int:
         """Write matching events to a file, whole or not at all; return their number."""
-        self.freeze_journal()  # two queries see the same
+        self.freeze_journal()
         ((matching,),) = self.engine.execute(f"SELECT count(*) FROM ({self._source(what)})")
         columns = _NAMES
         if form != "duckdb":
             columns = public_select(typed=form == "parquet", harmless=form.startswith("csv") and not raw)
-        if bom:  # a byte order mark is the beginning of the first column's name
+        if bom:  # it begins the first column's name
             columns = columns.replace(" AS timestamp,", ' AS "\ufefftimestamp",', 1)
         sql = self._select(columns, what, count, oldest_first)
         problem = f"{path} can't be written"
@@ -7606,7 +7499,6 @@ FROM audit.ledger WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER 
         return int(matching if count is None else min(count, matching))
 
     def _write(self, sql: str, target: str, form: str) -> None:
-        """Write a query's rows to a new file."""
         execute = self.engine.execute
         if form == "sqlite":
             import sqlite3
@@ -7616,29 +7508,27 @@ FROM audit.ledger WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER 
                 file.execute(f"CREATE TABLE logs ({', '.join(PUBLIC_COLUMNS)})")
                 file.executemany(f"INSERT INTO logs VALUES ({marks})", self.engine.stream(sql))
         elif form == "duckdb":
-            if self._is_attached and not self._target.is_file:
-                # In its transaction nothing but a temporary table can be made.
+            if self._is_attached and not self._target.is_file:  # its transaction writes nowhere else
                 execute(f"CREATE TEMP TABLE exported AS {sql}")
                 execute("COMMIT")
                 sql = "SELECT * FROM exported"
             attach(self.engine, target, "copy", NEW_FILE)
-            execute(f"CREATE TABLE copy.logs AS {sql}")
-            execute("CHECKPOINT copy")
-            execute("DETACH copy")
+            for statement in (f"CREATE TABLE copy.logs AS {sql}", "CHECKPOINT copy", "DETACH copy"):
+                execute(statement)
         else:
             execute(f"COPY ({sql}) TO {sql_literal(target)} ({COPY_OPTIONS[form]})")
 
 
 @contextlib.contextmanager
 def _watched(path: str, progress: Callable[[int], None]) -> Iterator[None]:
-    """Tell the size of a file that grows, twice a second."""
+    """Tell the size of a growing file twice a second."""
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(0.5):
             progress(_size_of(path))
 
-    thread = threading.Thread(target=watch, name="mxcp_audit progress", daemon=True)
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
         yield
@@ -7647,10 +7537,9 @@ def _watched(path: str, progress: Callable[[int], None]) -> Iterator[None]:
         thread.join()
 
 
-def _postgres_rows(schema: str, where: str, count: int, *, oldest_first: bool) -> str:
-    """Return the first rows by PostgreSQL: DuckDB hands it no ORDER BY and no LIMIT."""
+def _postgres_rows(schema: str, where: str, count: int, way: str) -> str:
+    """Let PostgreSQL select the first rows: DuckDB hands it no ORDER BY and no LIMIT."""
     table = f'''SELECT * FROM "{schema.replace('"', '""')}".logs WHERE {where} AND timestamp IS'''
-    way = "" if oldest_first else " DESC"
     order = f'timestamp{way}, segment COLLATE "C"{way} NULLS LAST, seq{way} NULLS LAST'  # as here
     query = f"({table} NOT NULL ORDER BY {order} LIMIT {count}) UNION ALL ({table} NULL LIMIT {count})"
     return f"(SELECT * FROM postgres_query('audit', {sql_literal(query)}))"
@@ -7659,14 +7548,16 @@ def _postgres_rows(schema: str, where: str, count: int, *, oldest_first: bool) -
 def journal_rows(files: Sequence[str], size: int) -> str:
     """Return the SELECT of the events in files of up to `size` bytes."""
     longest = max(LONGEST_LINE, size + 1)
-    return bind(JOURNAL_ROWS, {"files": files, "longest": longest, "lenient": True}) if files else NO_ROWS
+    return (
+        bind(JOURNAL_ROWS, {"files": files, "longest": longest, "lenient": True}) if files else sound_rows({})
+    )
 
 
 # == Evidence ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target, Ledger
 #
-# Recomputes what the ledger says and names the differences. A purge asks here first: what was changed stays
-# known as changed when it is gone.
+# Recomputes what the ledger records and names the differences. A purge asks here first, so that what was
+# changed stays known as changed.
 
 _MAX_FINDINGS = 1000  # more are counted, not kept
 _SCOPE = "CREATE OR REPLACE TEMP TABLE scope AS"
@@ -7675,12 +7566,10 @@ SELECT segment FROM sound_ledger WHERE kind IN ('segment', 'legacy') AND last_ev
 
 
 class Finding(NamedTuple):
-    """One difference from what the ledger says."""
-
     kind: str  # changed, removed, inserted (events); chain, cut (the ledger); table (its form)
     text: str
     segment: str | None = None
-    seqs: tuple[int, ...] = ()  # of the segment's events, as far as that can be known
+    seqs: tuple[int, ...] = ()  # of its events, as far as known
     journal: str | None = None  # whose chain
 
 
@@ -7690,9 +7579,9 @@ class Compared(NamedTuple):
     journal: str
     position: int  # -1: it is not in the ledger
     segment: str
-    entered: int  # events, as the ledger says
-    due: int  # events that purges left of them
-    as_due: bool  # whether exactly these were found
+    entered: int  # events
+    due: int  # of these, after purges
+    as_due: bool  # exactly these were found
     found: int
     first: int | None  # microseconds since the epoch
     last: int | None
@@ -7750,7 +7639,7 @@ def taken_by(detail: str | None) -> Taken | None:
 
 
 class Verdict:
-    """What `verify` finds when it recomputes all that the ledger says."""
+    """What `verify` finds when it recomputes all that the ledger records."""
 
     more_findings = 0  # beyond those that are listed
     entries = segments = purged = lost = 0
@@ -7758,15 +7647,10 @@ class Verdict:
     legacy = 0  # rows that are older than the ledger
     waiting_bytes = 0  # in the journal, not sealed yet
     range_events = 1_000_000  # whose hashes, 100 to 300 bytes each, are held at once
+    progress: Callable[[int, int], None] | None = None  # told events done and all
 
-    def __init__(
-        self,
-        engine: Engine,
-        target: Target,
-        keys: Sequence[bytes] = (),
-        progress: Callable[[int, int], None] = lambda done, total: None,
-    ) -> None:
-        self._engine, self._target, self._keys, self._progress = engine, target, keys, progress
+    def __init__(self, engine: Engine, target: Target, keys: Sequence[bytes] = ()) -> None:
+        self._engine, self._target, self._keys, self._ask = engine, target, keys, engine.execute
         self._covered: dict[str, int] = {}  # by journal: the last position that a checkpoint covers
         self.doubted: set[tuple[str, int]] = set()  # entries that are not believed
         self.findings: list[Finding] = []
@@ -7785,11 +7669,10 @@ class Verdict:
             self.more_findings += 1
 
     def run(self, *, checkpoint: Sequence[Head] = (), since: str | None = None) -> None:
-        """Verify the chains, then each segment."""
         if self.open(checkpoint):
             if since is not None:
                 rows = f"SELECT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $moment::TIMESTAMP"
-                self._engine.execute(f"{_SCOPE} {_YOUNGER} UNION {rows}", {"moment": since})
+                self._ask(f"{_SCOPE} {_YOUNGER} UNION {rows}", {"moment": since})
             for row in self.compare(scoped=since is not None):
                 if not row.as_due:
                     self._judge(row)
@@ -7810,19 +7693,16 @@ class Verdict:
                 name, sql_type = column
                 given = types[table].get(name)
                 same = SAME_VALUES[sql_type] if table == "logs" else {sql_type}
-                # A column that a table of 0.1 lacks is NULL, which leaves the hash as it was.
+                # What a table of 0.1 lacks is NULL, which leaves the hash as it was.
                 if given not in same and (given or column not in NEW_COLUMNS):
                     self._add("table", f"{table}.{name} is {given or 'missing'}, not {sql_type}")
         if not has_ledger:
-            ((self.legacy,),) = self._engine.execute("SELECT count(*) FROM sound_logs")
+            ((self.legacy,),) = self._ask("SELECT count(*) FROM sound_logs")
         self._walk_chains({(head.journal, head.position): head for head in checkpoint})
         self._read_purges(has_checkpoint=bool(checkpoint))
         return has_ledger
 
-    # --- the chains
-
     def _walk_chains(self, wanted: dict[tuple[str, int], Head]) -> None:
-        """Check every seal, and that the chains meet the checkpoints."""
         totals = collections.Counter[str]()
         for name, entries in itertools.groupby(self._engine.stream(CHAIN), key=lambda row: row[0]):
             head, unkeyed = Head(name, 0, 0, ""), list[tuple[str, int]]()
@@ -7859,12 +7739,10 @@ class Verdict:
             text = f"journal {name} doesn't lead to the checkpoint at entry {position}: cut or rewritten"
             self._add("cut", text, journal=name)
 
-    # --- the purges
-
     def _read_purges(self, *, has_checkpoint: bool) -> None:
-        """Compare each purge that is believed with the entries that it names."""
+        """Compare each believed purge with the entries that it names."""
         purges: list[tuple[int, dict[str, Any], Taken, str]] = []
-        for number, (*values, detail) in enumerate(self._engine.execute(PURGES)):
+        for number, (*values, detail) in enumerate(self._ask(PURGES)):
             entry = dict(zip(("moment", "host", "events", "journal", "position"), values))
             if (entry["journal"], entry["position"]) in self.doubted:
                 continue
@@ -7883,9 +7761,9 @@ class Verdict:
         kept = [(number, *left) for number, _, taken, _ in purges for left in taken.kept]
         spans_sql = "number BIGINT, is_old BOOLEAN, before BIGINT, journal VARCHAR, low BIGINT, high BIGINT"
         kept_sql = "number BIGINT, segment VARCHAR, events BIGINT, digest VARCHAR"
-        self._engine.execute(GONE.format(spans=listed(spans_sql, spans), kept=listed(kept_sql, kept)))
+        self._ask(GONE.format(spans=listed(spans_sql, spans), kept=listed(kept_sql, kept)))
         sums = "least(sum(held), 2::HUGEINT**62)::BIGINT, bool_and(is_past)"
-        rows = self._engine.execute(f"SELECT number, {sums} FROM gone GROUP BY number")
+        rows = self._ask(f"SELECT number, {sums} FROM gone GROUP BY number")
         named = {number: rest for number, *rest in rows}
         for number, entry, taken, text in purges:
             held, is_past = named.get(number, (0, True))
@@ -7902,18 +7780,17 @@ class Verdict:
             text = "purges by an earlier version kept parts of segments, of which nothing else is known"
             self.notes.append(text)
 
-    # --- the segments
-
     def compare(self, *, scoped: bool) -> Iterator[Compared]:
         """Yield the segments in scope; without a scope, those that differ."""
-        ask, size, sql = self._engine.execute, self.range_events, comparison(scoped=scoped)
+        ask, size, sql = self._ask, self.range_events, comparison(scoped=scoped)
         ends = [last for _, last in ask(ranges(), {"size": size})][:-1]  # the last range is open
         for number, (low, high) in enumerate(zip([None, *ends], [*ends, None]), 1):
             yield from itertools.starmap(Compared, ask(sql, {"low": low, "high": high}))
-            self._progress(min(number * size, self.events), self.events)
+            if self.progress is not None:
+                self.progress(min(number * size, self.events), self.events)
 
     def _judge(self, row: Compared) -> None:
-        """Report a segment that differs: its events if it has marks, else how many."""
+        """Report a segment that differs, its events if marks tell them."""
         segment, found, due = row.segment, row.found, row.due
         if not self.entries and segment.startswith("legacy-"):
             self.legacy += found  # an older table, of which nothing was entered yet
@@ -7928,8 +7805,8 @@ class Verdict:
             self._add(kind, f"segment {segment}: {counted(found, 'event')}, {text}", segment=segment)
 
     def _marked(self, row: Compared) -> dict[str, list[int]]:
-        """Return which events were changed, inserted or removed, as far as marks tell."""
-        ask = functools.partial(self._engine.execute, params={"segment": row.segment})
+        """Return which events were changed, inserted or removed, by marks."""
+        ask = functools.partial(self._ask, params={"segment": row.segment})
         ((text,),) = ask("SELECT max(marks) FROM sound_ledger WHERE kind = 'segment' AND segment = $segment")
         due = dict(enumerate(re.findall("(?s)....", text or ""), 1))
         left, states = dict(due), collections.defaultdict[str, list[int]](list)
@@ -7944,11 +7821,7 @@ class Verdict:
         return states
 
 
-# --- one event, for somebody who has no database
-
-
 def plain_seals(engine: Engine) -> dict[str, str]:
-    """Return the end of each journal's chain as if sealed without a key."""
     view_tables(engine)
     seals: dict[str, str] = {}
     for name, *_, row in engine.stream(CHAIN):
@@ -7957,30 +7830,28 @@ def plain_seals(engine: Engine) -> dict[str, str]:
 
 
 def prove(engine: Engine, event_id: str) -> dict[str, Any]:
-    """Do what `Store.prove` says; docs/security.md describes the form."""
     view_tables(engine)
     segment, _, seq = event_id.rpartition(":")
     asked = {"segment": segment, "seq": int(seq) if seq.isdecimal() else -1}
 
     def first(columns: Sequence[Column], rest: str) -> dict[str, Any]:
-        for row in engine.execute(f"SELECT {numeric_times(columns)} {rest} AND segment = $segment", asked):
+        numbers = {"TIMESTAMP": TIME_NUMBER + " AS {0}"}
+        values = ", ".join(numbers.get(sql_type, "{0}").format(name) for name, sql_type in columns)
+        for row in engine.execute(f"SELECT {values} {rest} AND segment = $segment", asked):
             return dict(zip((column.name for column in columns), row))
         raise StoreError(f"{event_id} is in no segment of the ledger; the journal proves nothing")
 
     event = first(COLUMNS, "FROM sound_logs WHERE seq = $seq")
     entry = first(LEDGER_COLUMNS[:-1], "FROM sound_ledger WHERE kind = 'segment'")
-    hashes = f"SELECT {EVENT_HASH} AS hash FROM sound_logs WHERE segment = $segment ORDER BY seq, hash"
-    rows = [row for (row,) in engine.execute(hashes, asked)]
+    sql = f"SELECT {EVENT_HASH} AS hash FROM sound_logs WHERE segment = $segment ORDER BY seq, hash"
+    hashes = [row for (row,) in engine.execute(sql, asked)]
     before, after = "", []
     for name, place, *_, row in engine.stream(CHAIN):
         if name == entry["journal"] and place < entry["position"]:
             before = make_seal(before, row, None)
         elif name == entry["journal"] and place > entry["position"]:
             after.append(row)
-    return {"event": event, "entry": entry, "hashes": rows, "before": before, "after": after}
-
-
-# --- signed checkpoints
+    return {"event": event, "entry": entry, "hashes": hashes, "before": before, "after": after}
 
 
 def _ssh_keygen(arguments: Sequence[str], checkpoint: Mapping[str, Any]) -> str:
@@ -8002,7 +7873,7 @@ def sign_checkpoint(key: str, checkpoint: Mapping[str, Any]) -> str:
 
 
 def check_signature(signers: str, checkpoint: Mapping[str, Any]) -> str:
-    """Return which allowed signer signed a checkpoint. Raises StoreError if none did."""
+    """Return which allowed signer signed a checkpoint. Raises StoreError."""
     with scratch_folder() as folder:
         path = os.path.join(folder, "signature")
         write_file(path, str(checkpoint.get("signature", "")).encode())
@@ -8015,7 +7886,7 @@ def check_signature(signers: str, checkpoint: Mapping[str, Any]) -> str:
 # == Removal ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target, Ledger, Evidence
 #
-# Removes old events by whole segments, compared with the ledger, in one transaction that enters what went.
+# Removes old events by whole segments, compared with the ledger, and enters what went.
 
 
 class Removal(NamedTuple):
@@ -8027,14 +7898,14 @@ class Removal(NamedTuple):
     kept: int  # events that are as old, in segments whose last event is not
     first_event: int | None  # microseconds since the epoch
     last_event: int | None
-    digest: str  # SHA-256 over the digests of the segments, in order of their names
-    removed: Mapping[str, Sequence[tuple[int, int]]]  # by journal: positions of the entries, from and to
+    digest: str  # SHA-256 over the segments' digests, in order of their names
+    removed: Mapping[str, Sequence[tuple[int, int]]]  # by journal: runs of entries
     wrong: Mapping[str, tuple[int, str | None, int]]  # segments that were not as entered
     archive: str | None = None
 
 
 def plan_removal(engine: Engine, target: Target, before: str) -> Removal:
-    """Compare the segments that are older than a moment with the ledger."""
+    """Compare the segments before a moment with the ledger."""
     import hashlib
 
     verdict = Verdict(engine, target, seal_keys())
@@ -8065,7 +7936,7 @@ def plan_removal(engine: Engine, target: Target, before: str) -> Removal:
 
 
 def purge_before(engine: Engine, target: Ledger, before: str, archive: str | None = None) -> Removal:
-    """Do what `Store.purge` says. What was changed stays known as changed, apart in an archive."""
+    """Do what `Store.purge` says; what was changed stays known as changed."""
     with target.writing(engine):
         if is_ledger_empty(engine):
             target.enter(engine, [])  # the rows of an older table
@@ -8085,9 +7956,7 @@ def purge_before(engine: Engine, target: Ledger, before: str, archive: str | Non
 
 
 def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
-    """Write the events as Parquet, a file a day, with a manifest, and read them back."""
-    import hashlib
-
+    """Write the events as Parquet files of a day, with a manifest, and read them back."""
     problem = f"{directory}: no archive can be written"
     name = f"purged-{re.sub('[^0-9]', '', removal.before[:19])}-{os.urandom(4).hex()}"
     with suppress(OSError):  # it exists; or `_scratch` says that it doesn't
@@ -8095,7 +7964,6 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
         give_to_owner(directory)
     files: dict[str, dict[str, object]] = {}
     params = {"wrong": sorted(removal.wrong), "apart": "not-as-entered.parquet"}
-    digest = hashlib.sha256()
     with _scratch(os.path.join(directory, name), problem, name="part") as scratch:
         for file, events in engine.execute(OLD_FILES, params):
             path = os.path.join(scratch, file)
@@ -8104,11 +7972,11 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
             engine.execute(f"COPY ({rows}) TO {sql_literal(path)} ({COPY_OPTIONS['parquet']})")
             sync_file(path)
             files[path] = {"name": file, "events": events, "sha256": file_digest(path)}
-        source = f"read_parquet({sql_literal(list(files))}, hive_partitioning = false)"
-        rows = digests(source, segment=SEGMENT_OR_DAY)
-        for (part,) in engine.stream(f"SELECT digest FROM ({rows}) ORDER BY segment") if files else ():
-            digest.update(part.encode())
-        if digest.hexdigest() != removal.digest:
+        rows = digests(
+            f"read_parquet({sql_literal([*files])}, hive_partitioning = false)", segment=SEGMENT_OR_DAY
+        )
+        digest = f"SELECT sha256(array_to_string(list(digest ORDER BY segment), '')) FROM ({rows})"
+        if engine.execute(digest) != [(removal.digest,)]:
             raise StoreError(f"{scratch}: the archive doesn't read back as written; nothing was purged")
         manifest = {
             "filter": {"before": iso_time(microseconds(removal.before))},
@@ -8127,8 +7995,6 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
     return removal._replace(archive=name)
 
 
-# --- retention: a purge a day
-
 _SILENCE = 25 * 3_600_000_000  # longer ones don't count as time that passed; retention runs daily
 
 
@@ -8141,15 +8007,14 @@ def retain(engine: Engine, target: Ledger, retention: float) -> str:
     limit = vouched_limit(engine, sql_time(utc_now()), int(retention * 1e6), verdict.doubted)
     if limit and (events := purge_before(engine, target, limit).events):
         return f"retention: {counted(events, 'event')} before {limit} purged"
-    # So that a log without events doesn't look as if it had been off.
-    with target.writing(engine):
+    with target.writing(engine):  # a log without events must not look as if it had been off
         target.enter(engine, [entry_of("check", 0, none)])
     return none
 
 
 def vouched_limit(engine: Engine, now: str, left: int, doubted: Collection[tuple[str, int]]) -> str | None:
     """Return the moment since which the log was alive for `left` microseconds."""
-    # A clock that jumped forward makes everything look old: only time counts in which the ledger grew.
+    # A clock that jumped forward makes all look old: only time in which the ledger grew counts.
     hours = f"""\
 SELECT DISTINCT epoch_us(date_trunc('hour', ingested_at)) AS hour FROM audit.ledger
 ANTI JOIN ({listed("journal VARCHAR, position BIGINT", doubted)}) USING (journal, position)
@@ -8173,15 +8038,13 @@ WHERE ingested_at <= {sql_literal(now)}::TIMESTAMP AND isfinite(ingested_at) ORD
 
 
 class Restored(NamedTuple):
-    """What a restore did."""
-
     events: int  # that the database holds now
     back: int  # of these, how many it did not hold before
-    kept: str | None  # where the replaced database is; None if there was none
+    kept: str | None  # where the replaced database is, if there was one
 
 
 def _take_in(segments: Iterable[str], path: str, like: Target) -> int:
-    """Ingest copies of segments into a copy of the database, and count its events."""
+    """Ingest copies of segments into a copy of the database; count its events."""
     journal = Journal(path + ".journal")
     journal.make_directory()
     for segment in segments:
@@ -8190,15 +8053,15 @@ def _take_in(segments: Iterable[str], path: str, like: Target) -> int:
                 write_file(os.path.join(journal.directory, os.path.basename(segment)), lines)
     target = Ledger(Config(path, attach=like.options), journal)
     with journal.ingest_lock():
-        Ingest(target, Diagnostics(silent=True)).run()
-    with target.session(read_only=True, wait=0.0) as engine:
+        ingest_journal(target, Diagnostics(silent=True))
+    with target.session() as engine:
         return int(engine.execute("SELECT count(*) FROM audit.logs")[0][0])
 
 
 def _merge(path: str, place: str, mine: Target) -> tuple[int, int]:
-    """Add to a copy what it lacks of the database at `place`; count the events of each."""
+    """Add to a copy what it lacks of the database at `place`; count the events of both."""
     target = Ledger(Config(path, attach=mine.options), mine.journal)
-    with target.session(read_only=False, wait=0.0) as engine:
+    with target.session(write=True) as engine:
         ask = engine.execute
         attach(engine, place, "ours", {**mine.options, "READ_ONLY": True})
         present = column_types(engine, TABLE_TYPES.replace("'audit'", "'ours'"))
@@ -8207,16 +8070,11 @@ def _merge(path: str, place: str, mine: Target) -> tuple[int, int]:
         unknown += " AND segment IS NOT NULL"
         with target.writing(engine):
             if {"logs", "ledger"} <= present.keys():
-                ask(STAGE_NOTHING)
-                ask(f"INSERT INTO batch BY NAME {rows} WHERE {unknown.format('segment')}")
-                ask(INSERT_ROWS)
+                ask(f"CREATE OR REPLACE TEMP TABLE batch AS {rows} WHERE {unknown.format('segment')}")
                 segments = [segment for (segment,) in ask("SELECT DISTINCT segment FROM batch")]
                 losses = "SELECT events, detail, segment FROM ours.ledger WHERE kind = 'loss' AND "
-                entries = [entries_of(segments)] if segments else []
-                for *loss, segment in ask(losses + unknown.format("loss")):
-                    entries.append(entry_of("loss", *loss, segment=segment))
-                if entries:
-                    target.enter(engine, entries)
+                lost = ask(losses + unknown.format("loss"))
+                target.take(engine, segments, [entry_of("loss", *loss, segment=each) for *loss, each in lost])
             now = sound_rows(target.columns(engine)["logs"])
             ((missing,),) = ask(f"SELECT count(*) FROM ({rows} EXCEPT ALL {now})")
             if missing:
@@ -8228,7 +8086,7 @@ def _merge(path: str, place: str, mine: Target) -> tuple[int, int]:
 
 
 def _copy_database(engine: Engine, target: Target, folder: str) -> str:
-    """Copy the attached target into a new file, read that back, and return its path."""
+    """Copy the attached target into a new file, and read that back."""
     path = os.path.join(folder, "copy")
     attach(engine, path, "fresh", target.new_file)
     os.chmod(path, FILE_MODES[False])
@@ -8244,7 +8102,7 @@ def _copy_database(engine: Engine, target: Target, folder: str) -> str:
 
 
 def _put_in_place(path: str, target: str) -> None:
-    """Give a file another name, but never overwrite another file."""
+    """Rename a file, but never overwrite another."""
     give_to_owner(path)
     try:
         os.link(path, target)
@@ -8265,7 +8123,7 @@ def _replace(path: str, place: str, old: os.stat_result) -> None:
 # depends on: Errors, Config, Events, Journal, Writer, Engines, Target, Ledger, Ingest,
 # Evidence, Removal, Copies, Reading
 #
-# What can be done with the log of a configuration, in the order that keeps others out.
+# What can be done with a log, in the order that keeps others out.
 
 _WRITTEN_MEANWHILE = ": another process wrote to it meanwhile; try again"
 
@@ -8275,39 +8133,30 @@ def month_ago() -> str:
 
 
 class Store:
-    """The log of a configuration: its database (`target`) and its journal (`journal`) as one.
+    """The log of a configuration: its database (`target`) and its `journal` as one.
 
     Methods try for `wait` seconds while another process holds the database. They raise StoreError if it
     can't be used (DatabaseNotFoundError: there is none), and ConfigError if the key file can't.
     """
 
     def __init__(
-        self,
-        config: Config,
-        *,
-        diagnostics: Diagnostics | None = None,
-        opener: Callable[..., Engine] = open_engine,
+        self, config: Config, *, diagnostics: Diagnostics | None = None, opener: Opener = open_engine
     ) -> None:
         self.journal: Journal = Journal(config.journal_directory, group=config.group)
         self.target: Ledger = Ledger(config, self.journal, opener)
         self._diagnostics = diagnostics or Diagnostics()
         self._retention = config.retention
 
-    # --- ingesting
-
     def ingest(self, *, wait: float = 0.0) -> bool:
-        """Move all sealed and orphaned segments into the database; True if no retry could move more.
+        """Move what waits into the database, then apply the retention; True if no retry could move more.
 
-        The first time, apply the retention too.
-
-        Raises:
-            JournalError: a segment can't be claimed; the others are done.
-            StoreError: everything stays in the journal.
+        Raises JournalError if a segment can't be claimed (the others are done), and StoreError if everything
+        stays in the journal.
         """
         return bool(self.ingest_for_logger(wait=wait)["done"])
 
     def ingest_for_logger(self, *, wait: float) -> dict[str, Any]:
-        """Do what `ingest` says, and return what a logger's ingester expects."""
+        """Do what `ingest` says; return what a logger's ingester expects."""
         with self.journal.ingest_lock() as mine:
             if not mine:
                 waiting = bool(self.journal.segments())
@@ -8330,11 +8179,10 @@ class Store:
         return {"done": True, "retained": self._retention is None, "head": head}
 
     def _run_ingest(self, wait: float) -> list[JournalError]:
-        """Ingest; wait for a database that others hold."""
         end, pause = time.monotonic() + wait, 0.0
         while True:
             try:
-                return Ingest(self.target, self._diagnostics).run()
+                return ingest_journal(self.target, self._diagnostics)
             except DatabaseCorruptError as error:
                 if not (DAMAGED_WAL in str(error) and (aside := self.target.set_wal_aside())):
                     raise
@@ -8350,20 +8198,16 @@ class Store:
 
     def _retain(self) -> None:
         if self._retention is not None and not self.target.is_absent():
-            with self.target.session(read_only=False, wait=0.0, guest=True) as engine:
+            with self.target.session(write=True, guest=True) as engine:
                 news = retain(engine, self.target, self._retention)
             self._diagnostics.note("retention", news, level=INFO)
             self._retention = None
-
-    # --- reading
 
     @contextlib.contextmanager
     def reading(self, *, wait: float = 5.0) -> Iterator[Reading]:
         """Open table and journal as one log; nobody can ingest until the block ends.
 
-        Raises:
-            DatabaseNotFoundError: there is neither a database nor a journal.
-            JournalError: the journal can't be read.
+        Raises DatabaseNotFoundError if there is neither, and JournalError if the journal can't be read.
         """
         target, journal = self.target, self.journal
         target.let_ingest_pass(wait)
@@ -8371,37 +8215,32 @@ class Store:
         with scratch_folder(journal.directory) as folder, contextlib.closing(engine):
             reading = Reading(engine, folder, target)
             with reading.open(wait):
-                reading.open_running(journal.running())
-                if not (reading.has_table or reading.has_journal or reading.has_running or reading.problem):
-                    raise DatabaseNotFoundError(
-                        f"{_NOT_FOUND}{target.name}. Either audit logging is not enabled for the "
-                        "profile, or no events have been logged yet (the database is created on first write)."
+                running = journal.running()
+                reading.open_running(running)
+                if not (reading.has_table or reading.has_journal or running or reading.problem):
+                    text = (
+                        "Either audit logging is not enabled for the profile, or no events have been logged "
                     )
+                    text = f"{text}yet (the database is created on first write)."
+                    raise DatabaseNotFoundError(f"{_NOT_FOUND}{target.name}. {text}")
                 for text in reading.oddities:
                     self._diagnostics.report("table", f"{text}; what is shown may not be what was recorded")
                 yield reading
 
     def losses(self, reading: Reading) -> list[tuple[int, str]]:
-        """Return the losses of the last 30 days: how many events each time, and why."""
+        """Return how many events were lost in the last 30 days, and why."""
         found = [(events, detail) for _, events, detail in reading.losses(month_ago())]
         return found + [(loss.events, str(loss)) for loss in self.journal.losses().values()]
 
     def imported(self, segment_id: str) -> tuple[int, str] | None:
-        """Return how many events of a segment are ingested and the time of the last, or None."""
-        sql = "SELECT events, strftime(last_event, '%Y-%m-%d %H:%M:%S.%f') FROM audit.ledger "
-        sql += "WHERE kind = 'segment' AND segment = $segment"
-        with suppress(DatabaseNotFoundError), self._ledger(0.0) as engine:
-            for row in engine.execute(sql, {"segment": segment_id}) if engine else ():
-                return row
+        """Return the number of a segment's ingested events and the time of the last, or None."""
+        sql = """\
+SELECT events, strftime(last_event, '%Y-%m-%d %H:%M:%S.%f')
+FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
+        with suppress(DatabaseNotFoundError), self.target.session() as engine:
+            if "ledger" in self.target.columns(engine):
+                return next(iter(engine.execute(sql, {"segment": segment_id})), None)
         return None
-
-    # --- proving
-
-    @contextlib.contextmanager
-    def _ledger(self, wait: float) -> Iterator[Engine | None]:
-        """Attach the target for reading; None for the block if it has no ledger."""
-        with self.target.session(read_only=True, wait=wait) as engine:
-            yield engine if "ledger" in self.target.columns(engine) else None
 
     def verify(
         self,
@@ -8409,44 +8248,41 @@ class Store:
         checkpoint: Sequence[Head] = (),
         since: str | None = None,
         wait: float = 5.0,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Verdict:
         """Recompute the ledger from `logs` and return what isn't as it was recorded.
 
-        Args:
-            checkpoint: heads noted earlier, which the chains must lead through.
-            since: naive UTC text; of older segments only the chain is recomputed.
-            progress: called with the events done and their total.
+        The chains must lead through the heads of a `checkpoint`. Of segments before `since`, naive UTC, only
+        the chain is recomputed. `progress` is called with the events done and their total.
         """
         keys = seal_keys()
-        with self.target.session(read_only=True, wait=wait) as engine:
-            verdict = Verdict(engine, self.target, keys, progress)
+        with self.target.session(wait) as engine:
+            verdict = Verdict(engine, self.target, keys)
+            verdict.progress = progress
             verdict.run(checkpoint=checkpoint, since=since)
         verdict.waiting_bytes = self.journal.waiting_bytes()
         return verdict
 
     def heads(self, *, wait: float = 5.0) -> list[Head]:
-        """Return the end of each journal's chain, to be kept elsewhere."""
-        with self._ledger(wait) as engine:
-            return chain_heads(engine) if engine else []
+        """Return the ends of the journals' chains, to be kept elsewhere."""
+        journals = self.checkpoint(wait=wait)["journals"]
+        return [Head(*(journal[name] for name in Head._fields)) for journal in journals]
 
     def checkpoint(self, *, wait: float = 5.0) -> dict[str, Any]:
-        """Return the heads, with seals for those who have no key, for JSON."""
-        with self._ledger(wait) as engine:
-            plain, heads = (plain_seals(engine), chain_heads(engine)) if engine else ({}, [])
+        """Return the heads for JSON, with seals for those who have no key."""
+        with self.target.session(wait) as engine:
+            heads = chain_heads(engine) if "ledger" in self.target.columns(engine) else []
+            plain = plain_seals(engine)
         journals = [{**head._asdict(), "plain": plain.get(head.journal)} for head in heads]
         return {"time": iso_time(microseconds(sql_time(utc_now()))), "journals": journals}
 
     def prove(self, event_id: str, *, wait: float = 5.0) -> dict[str, Any]:
-        """Return what proves, with a checkpoint made since, that an event is in the database."""
-        with self.target.session(read_only=True, wait=wait) as engine:
+        """Return what proves, with a later checkpoint, that an event is in the database."""
+        with self.target.session(wait) as engine:
             return prove(engine, event_id)
-
-    # --- removing and copying
 
     @contextlib.contextmanager
     def _alone(self, wait: float) -> Iterator[None]:
-        """Hold the ingest lock, trying for `wait` seconds."""
         self.journal.make_directory()
         for _ in tries(wait):
             with self.journal.ingest_lock() as mine:
@@ -8460,24 +8296,19 @@ class Store:
     ) -> Removal:
         """Delete the segments whose events are all older than `before`, a naive UTC text.
 
-        Args:
-            archive: a directory where the events are written first, and read back.
-            dry_run: only return what would be deleted.
-
-        Raises:
-            StoreError: nothing was deleted.
+        They are first written to a directory `archive`, and read back. `dry_run` only returns what would be
+        deleted. Raises StoreError if nothing was deleted.
         """
         if dry_run:
-            with self.target.session(read_only=True, wait=wait) as engine:
+            with self.target.session(wait) as engine:
                 return plan_removal(engine, self.target, before)
-        with self._alone(wait), self.target.session(read_only=False, wait=wait) as engine:
+        with self._alone(wait), self.target.session(wait, write=True) as engine:
             return purge_before(engine, self.target, before, archive)
 
     def backup(self, path: str, *, wait: float = 5.0) -> int:
         """Copy the whole log into a new database file; return how many events that holds.
 
-        Raises:
-            StoreError: `path` exists, or the copy can't be written or differs.
+        Raises StoreError if `path` exists, or the copy can't be written or differs.
         """
         self._refuse_remote("backup")
         self.refuse_own_files(path)
@@ -8486,10 +8317,9 @@ class Store:
             if os.path.lexists(name):
                 raise StoreError(f"{name} exists; nothing is overwritten: name another file or remove it")
         with _scratch(place, f"{path} can't be written") as scratch:
-            with target.session(read_only=True, wait=wait) as engine:
+            with target.session(wait) as engine:
                 copy = _copy_database(engine, target, scratch)
-                tables = target.columns(engine)
-                waiting = unknown_segments(engine, self.journal.segments(), tables)
+                waiting = unknown_segments(engine, self.journal.segments(), target.columns(engine))
                 events = _take_in(waiting, copy, target)
             _put_in_place(copy, place)
         return events
@@ -8498,16 +8328,13 @@ class Store:
         """Put a backup in place of the database, with all that the database holds besides.
 
         The old database stays beside it, and purged events return. If it holds all of the backup, nothing is
-        changed.
-
-        Raises:
-            StoreError: nothing was changed, because something would be lost.
+        changed. Raises StoreError if something would be lost; then nothing is changed.
         """
         place, target = self._refuse_remote("restore"), self.target
         old = Journal(path + ".journal")  # of backups by earlier versions
         source = Target(Config(os.path.abspath(path), attach=target.options), old)
         with self._alone(wait), _scratch(place, f"{place} can't be restored", name="restore") as scratch:
-            with source.session(read_only=True, wait=wait) as engine:
+            with source.session(wait) as engine:
                 if "logs" not in source.columns(engine):
                     raise StoreError(f"{path} holds no audit log; name a copy that `backup` made")
                 copy = _copy_database(engine, source, scratch)
@@ -8521,7 +8348,7 @@ class Store:
                 return Restored(events, 0, None)
             give_to_owner(copy)
             kept = f"{place}.replaced-{utc_now():%Y%m%dT%H%M%S}-{os.urandom(2).hex()}"
-            with target.session(read_only=True, wait=wait):
+            with target.session(wait):
                 if _stamp_of(os.stat(place)) != _stamp_of(ours):
                     raise DatabaseLockedError(place + _WRITTEN_MEANWHILE)
                 _put_in_place(place, kept)
@@ -8531,14 +8358,13 @@ class Store:
     def compact(self, *, wait: float = 5.0) -> tuple[int, int]:
         """Write the database anew, without the room of purged rows; return both sizes in bytes.
 
-        Raises:
-            StoreError: the old database is still in place.
+        Raises StoreError if the old one is still in place.
         """
         path, target = self._refuse_remote("compact"), self.target
         with self._alone(wait):
             self._settled(path, wait)
             # Read-only, DuckDB keeps writers out and leaves the WAL alone, that of the new file too.
-            with target.session(read_only=True, wait=wait) as engine:
+            with target.session(wait) as engine:
                 old = os.stat(path)
                 if _size_of(path + ".wal"):
                     raise DatabaseLockedError(path + _WRITTEN_MEANWHILE)
@@ -8547,26 +8373,24 @@ class Store:
                 return old.st_size, os.stat(path).st_size
 
     def _settled(self, path: str, wait: float) -> os.stat_result:
-        """Write the WAL into the database file, and return the file's state."""
-        with self.target.session(read_only=False, wait=wait) as engine:
+        with self.target.session(wait, write=True) as engine:
             engine.execute("CHECKPOINT audit")
         return os.stat(path)
 
     def _refuse_remote(self, command: str) -> str:
-        """Return the database file. Raises StoreError if the target is none."""
+        """Return the path of the database file. Raises StoreError if there is none."""
         if not self.target.is_file:
             system = self.target.path.partition(":")[0]
             raise StoreError(f"{command} is for database files; use what {system} has for it")
         return os.path.realpath(self.target.path)
 
     def refuse_journal(self, path: str) -> None:
-        """Raise StoreError if `path` lies in the journal, where nothing else belongs."""
         journal = os.path.realpath(self.journal.directory)
         if os.path.join(os.path.realpath(path), "").startswith(os.path.join(journal, "")):
             raise StoreError(f"{path} lies in the journal; name a place elsewhere")
 
     def refuse_own_files(self, path: str) -> None:
-        """Raise StoreError if an export to `path` is impossible, or would destroy the log."""
+        """Raise StoreError if an export to `path` can't be, or would destroy the log."""
         own = os.path.realpath(self.target.path)
         try:
             self.refuse_journal(path)
@@ -8584,8 +8408,8 @@ class Store:
 # == Follow ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target, Reading, Operations
 #
-# New events as they come, known by position in the ledger, and in the segments that it lacks: late ingests,
-# other hosts and clocks that jump lose nothing.
+# New events as they come, by position in the ledger and in the segments that it lacks: late ingests, other
+# hosts and clocks that jump lose nothing.
 
 _LOOK_EVENTS = 20_000  # of the table, in one look: bounds memory and time
 _LOOK_ENTRIES = 1000  # of the ledger, likewise
@@ -8619,7 +8443,7 @@ WHERE kind = 'loss' OR (kind IN ('segment', 'legacy') AND missing > 0)"""
 
 
 class Follower:
-    """Returns events as they are recorded, by whatever process or host: each once."""
+    """Returns events as they are recorded, each once."""
 
     def __init__(
         self, store: Store, what: Filter, columns: str = "", cursor: Mapping[str, Any] | None = None
@@ -8656,17 +8480,13 @@ class Follower:
         """Return new matching events, oldest first, not too many at once."""
         signature, rows = self._target.signature(), []
         if signature is None or signature != self._signature:
-            try:
+            later = (DatabaseNotFoundError,) if wait else (DatabaseNotFoundError, DatabaseLockedError)
+            with suppress(*later):
                 rows = patiently(self._new_table_rows, wait)
-            except DatabaseNotFoundError:
-                pass
-            except DatabaseLockedError:
-                if wait:
-                    raise
         return rows if rows or self.is_behind else self._new_lines()
 
     def running(self) -> list[Row]:
-        """Return the matching calls that have run for a second on this host."""
+        """Return matching calls that have run for a second on this host."""
         lines = self._journal.running()
         if not lines:
             return []
@@ -8676,20 +8496,16 @@ class Follower:
             return reading.running(self._what._replace(min_ms=max(1000, self._what.min_ms or 0)))
 
     def _new_table_rows(self) -> list[Row]:
-        """Return what the ledger entered and the journal didn't show before."""
+        """Return what was entered since the last look, and not seen in the journal."""
         target, ask = self._target, self._engine.execute
-        asked = _NEW_ENTRIES.format(
-            positions=listed("known VARCHAR, last BIGINT", self._positions.items()),
-            tails=listed(_TAILS, self._tails.items()),
-            since=sql_literal(self._since),
-        )
-        entries: list[Row] = []
-        rows: list[Row] = []
-        with target.attached(self._engine, read_only=True):
+        positions = listed("known VARCHAR, last BIGINT", self._positions.items())
+        tails, since = listed(_TAILS, self._tails.items()), sql_literal(self._since)
+        entries, rows = list[Row](), list[Row]()
+        with target.attached(self._engine):
             signature = target.signature()  # nobody can ingest now
             present = target.columns(self._engine)
             if "ledger" in present:
-                ask(asked)
+                ask(_NEW_ENTRIES.format(positions=positions, tails=tails, since=since))
                 entries = ask("SELECT journal, position, kind, segment, waiting FROM entries")
             if entries:
                 rows = self._matching(sound_rows(present.get("logs", {})), _ENTERED)
@@ -8702,7 +8518,7 @@ class Follower:
         return rows
 
     def _new_lines(self) -> list[Row]:
-        """Return what segments got that the table lacks."""
+        """Return what segments got that the table doesn't have."""
         paths = {segment_id_of(path): path for path in self._journal.segments()}
         self._tails = {each: tail for each, tail in self._tails.items() if tail != _SETTLED or each in paths}
         sizes = {each: _size_of(path) for each, path in paths.items() if self._tails.get(each) != _SETTLED}
@@ -8724,7 +8540,7 @@ class Follower:
         return matching
 
     def _matching(self, rows: str, tails: str) -> list[Row]:
-        """Put the rows behind the tails into `fresh`, and return those that match."""
+        """Put the rows behind the tails into `fresh`; return those that match."""
         ask, where = self._engine.execute, f"({self._what.where()})"
         ask(_FRESH.format(rows=rows, tails=tails))
         if self._notices and tails == _ENTERED:
@@ -8739,6 +8555,10 @@ class Follower:
 # What `doctor` looks at; it changes nothing.
 
 
+_Report: TypeAlias = dict[str, Any]
+_Faulty: TypeAlias = Iterator[tuple[str, str]]  # problem and remedy
+
+
 class Checkup:
     """The state of a log: `report`, an object for JSON, and `faults`."""
 
@@ -8746,88 +8566,91 @@ class Checkup:
 
     def __init__(self, config: Config, *, wait: float) -> None:
         self.faults: list[dict[str, str]] = []
-        self.report: dict[str, Any] = {"healthy": False, "faults": self.faults, "profile": config.profile}
-        self.report["engine"] = None
-        store = Store(config)
-        if not config.enabled:
-            text = f"audit logging is not enabled for profile {config.profile!r}"
-            self._fault(text, "set `enabled: true` in its `audit` section")
-        self._examine_journal(store.journal)
-        try:
-            with contextlib.closing(open_engine()) as engine:
-                self.report["engine"] = {"name": engine.name, "version": engine.version()}
-            self._examine_database(store, wait)
-        except StoreError as error:
-            self._fault(str(error), "pip install duckdb; events wait in the journal meanwhile")
-        if store.target.is_file:
-            self._examine_files(store.target.path, store.journal.directory, 0o007 if config.group else 0o077)
+        self.report: _Report = {"healthy": False, "faults": self.faults, "profile": config.profile}
+        for problem, remedy in _examine(self.report, config, Store(config), wait):
+            self.faults.append({"problem": problem, "remedy": remedy})
         self.report["healthy"] = not self.faults
 
-    def _fault(self, problem: str, remedy: str) -> None:
-        self.faults.append({"problem": problem, "remedy": remedy})
 
-    def _examine_database(self, store: Store, wait: float) -> None:
-        state: dict[str, Any] = {"path": store.target.name, "readable": False, "events": None}
-        self.report["database"] = state
-        try:
-            with store.reading(wait=wait) as reading:
-                if reading.problem is not None:
-                    raise reading.problem
-                state["readable"] = reading.has_table
-                ((state["events"],),) = reading.engine.execute("SELECT count(*) FROM table_rows")
-                for text in reading.oddities:
-                    text += ": what is shown may not be what was recorded"
-                    self._fault(text, "see what `verify` finds")
-                for row in reading.running(Filter(min_ms=3_600_000)):
-                    text = "{type} {name} has run since {timestamp}".format(**dict(zip(PUBLIC_COLUMNS, row)))
-                    self._fault(text, "see `log --running`; if it hangs, end it or its server")
-                refused = Filter(since=month_ago(), error_type="AuditUnavailableError")
-                sql = "SELECT count(*), arg_max(error, timestamp) FROM events"
-                ((count, last),) = reading.ask(refused, sql)
-                self.report["refused"] = count
-                if count:
-                    text = f"{counted(count, 'call')} refused in 30 days, as no record could be made: {last}"
-                    self._fault(text, "make room, or mend the journal's disk")
-                for _, text in store.losses(reading):
-                    self._fault(f"events were lost: {text}", "mend the reason; it is shown for 30 days")
-        except DatabaseNotFoundError:
-            state["events"] = 0  # nothing was logged yet: no fault
-        except StoreError as error:
-            text, _, remedy = str(error).rpartition("; ")  # as `Target.attached` puts it
-            self._fault(text or remedy, remedy if text else "run with --debug")
-        except JournalError:  # a fault already
-            pass
+def _examine(report: _Report, config: Config, store: Store, wait: float) -> _Faulty:
+    report["engine"] = None
+    if not config.enabled:
+        text = f"audit logging is not enabled for profile {config.profile!r}"
+        yield text, "set `enabled: true` in its `audit` section"
+    yield from _examine_journal(report, store.journal)
+    try:
+        with contextlib.closing(open_engine()) as engine:
+            report["engine"] = {"name": engine.name, "version": engine.version()}
+        yield from _examine_database(report, store, wait)
+    except StoreError as error:
+        yield str(error), "pip install duckdb; events wait in the journal meanwhile"
+    if store.target.is_file:
+        others = 0o007 if config.group else 0o077
+        yield from _examine_files(report, store.target.path, store.journal.directory, others)
 
-    def _examine_journal(self, journal: Journal) -> None:
-        state = self.report["journal"] = {"path": journal.directory}
-        try:
-            state |= journal.survey()
-        except JournalError as error:
-            self._fault(str(error), "check its permissions, and whether its file system has locks")
-            return
-        if orphaned := state["orphaned"]:
-            text = f"{counted(orphaned, 'segment')} since {state['oldest_pending']}, taken in by nobody"
-            self._fault(text, "run `python -m mxcp_audit ingest`; if that fails, it says why")
-        if rejected := state["rejected"]:
-            text = f"lines could not be ingested: {counted(rejected, 'file')} in {journal.directory}"
-            self._fault(text, "read the .rejected files, keep what matters, and remove them")
 
-    def _examine_files(self, database: str, journal: str, others: int) -> None:
-        import shutil
+def _examine_database(report: _Report, store: Store, wait: float) -> _Faulty:
+    state = report["database"] = {"path": store.target.name, "readable": False, "events": None}
+    try:
+        with store.reading(wait=wait) as reading:
+            if reading.problem is not None:
+                raise reading.problem
+            state["readable"] = reading.has_table
+            ((state["events"],),) = reading.engine.execute("SELECT count(*) FROM table_rows")
+            for text in reading.oddities:
+                yield f"{text}: what is shown may not be what was recorded", "see what `verify` finds"
+            for row in reading.running(Filter(min_ms=3_600_000)):
+                text = "{type} {name} has run since {timestamp}".format(**dict(zip(PUBLIC_COLUMNS, row)))
+                yield text, "see `log --running`; if it hangs, end it or its server"
+            refused = Filter(since=month_ago(), error_type="AuditUnavailableError")
+            sql = "SELECT count(*), arg_max(error, timestamp) FROM events"
+            ((count, last),) = reading.ask(refused, sql)
+            report["refused"] = count
+            if count:
+                text = f"{counted(count, 'call')} refused in 30 days, as no record could be made: {last}"
+                yield text, "make room, or mend the journal's disk"
+            for _, text in store.losses(reading):
+                yield f"events were lost: {text}", "mend the reason; it is shown for 30 days"
+    except DatabaseNotFoundError:
+        state["events"] = 0  # nothing was logged yet: no fault
+    except StoreError as error:
+        text, _, remedy = str(error).rpartition("; ")  # as `Target.attached` puts it
+        yield text or remedy, remedy if text else "run with --debug"
+    except JournalError:  # a fault already
+        pass
 
-        for path in (database, database + ".wal", journal):
-            with suppress(OSError):
-                mode = stat.S_IMODE(os.stat(path).st_mode)
-                if mode & others and os.name == "posix":
-                    self._fault(f"{path} is open to other users (mode {mode:o})", f"chmod go= {path}")
-                if not os.access(path, os.R_OK | os.W_OK):
-                    self._fault(f"{path} can't be read and written by this user", "check owner and mode")
-        space = self.report["free_bytes"] = {}
-        for path in {os.path.dirname(database), os.path.dirname(journal)}:
-            with suppress(OSError):
-                free = space[path] = shutil.disk_usage(path).free
-                if free < self._LITTLE_SPACE_BYTES:
-                    self._fault(f"only {free >> 20} MiB are free in {path}", "make room, or set `retention`")
+
+def _examine_journal(report: _Report, journal: Journal) -> _Faulty:
+    state = report["journal"] = {"path": journal.directory}
+    try:
+        state |= journal.survey()
+    except JournalError as error:
+        yield str(error), "check its permissions, and whether its file system has locks"
+        return
+    if orphaned := state["orphaned"]:
+        text = f"{counted(orphaned, 'segment')} since {state['oldest_pending']}, taken in by nobody"
+        yield text, "run `python -m mxcp_audit ingest`; if that fails, it says why"
+    if rejected := state["rejected"]:
+        text = f"lines could not be ingested: {counted(rejected, 'file')} in {journal.directory}"
+        yield text, "read the .rejected files, keep what matters, and remove them"
+
+
+def _examine_files(report: _Report, database: str, journal: str, others: int) -> _Faulty:
+    import shutil
+
+    for path in (database, database + ".wal", journal):
+        with suppress(OSError):
+            mode = stat.S_IMODE(os.stat(path).st_mode)
+            if mode & others and os.name == "posix":
+                yield f"{path} is open to other users (mode {mode:o})", f"chmod go= {path}"
+            if not os.access(path, os.R_OK | os.W_OK):
+                yield f"{path} can't be read and written by this user", "check owner and mode"
+    space = report["free_bytes"] = {}
+    for path in {os.path.dirname(database), os.path.dirname(journal)}:
+        with suppress(OSError):
+            free = space[path] = shutil.disk_usage(path).free
+            if free < Checkup._LITTLE_SPACE_BYTES:
+                yield f"only {free >> 20} MiB are free in {path}", "make room, or set `retention`"
 
 
 # === Output ===

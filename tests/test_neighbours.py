@@ -165,7 +165,7 @@ def test_show_takes_the_part_of_an_id_that_tells(log: Path, cli: Cli) -> None:
 
 @one_engine
 def test_log_of_a_database_without_our_table_says_so(log: Path, cli: Cli) -> None:
-    with store_of(log).target.session(read_only=False, wait=SAFETY_SECONDS) as engine:
+    with store_of(log).target.session(SAFETY_SECONDS, write=True) as engine:
         engine.execute("DROP TABLE audit.logs")
     done = cli("log", "--db", str(log))
     assert done.returncode == 1 and done.stderr.startswith("mxcp-audit: Audit database not found")

@@ -175,7 +175,7 @@ def test_unfinished_of_an_attempt_that_was_killed_is_taken_once(
 def test_late_end_of_a_call_that_is_on_record_as_unfinished_is_put_aside(db: Path) -> None:
     write_begun(db, late=MIDNIGHT, other=MIDNIGHT)
     store_of(db).ingest()
-    with store_of(db).target.session(read_only=False, wait=SAFETY_SECONDS) as engine:  # somebody's own column
+    with store_of(db).target.session(SAFETY_SECONDS, write=True) as engine:  # somebody's own column
         engine.execute("ALTER TABLE audit.logs ADD COLUMN call VARCHAR")
     path = write_end(db, "late")
     end = write_end(db, "elsewhere")
@@ -185,6 +185,17 @@ def test_late_end_of_a_call_that_is_on_record_as_unfinished_is_put_aside(db: Pat
     (rejected,) = path.parent.glob("*.rejected")
     assert "as unfinished" in rejected.read_text() and '\\"late\\"' in rejected.read_text()
     assert store_of(db).verify().intact and store_of(db).verify().lost == 1
+
+
+def test_late_end_beside_a_line_that_cannot_be_read_leaves_both_on_record(db: Path) -> None:
+    write_begun(db, late=MIDNIGHT)
+    store_of(db).ingest()
+    path = write_end(db, "late")
+    path.write_bytes(path.read_bytes() + b"{broken\n")
+    store_of(db).ingest()
+    (rejected,) = path.parent.glob("*.rejected")
+    assert "as unfinished" in rejected.read_text() and "{broken" in rejected.read_text()
+    assert store_of(db).verify().intact and store_of(db).verify().lost == 2
 
 
 # --- a logger

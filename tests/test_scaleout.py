@@ -577,7 +577,7 @@ for name in ("turn_one", "turn_two"):
     m.LAKE_CLEANING = (f"CREATE TABLE audit.{name} (a INT)",)  # leaves a trace
     store.target.commits = [4096]
     store.target.tend_lake()
-    with store.target.session(read_only=False, wait=5) as engine:
+    with store.target.session(5, write=True) as engine:
         found = engine.execute("SELECT table_name::VARCHAR FROM duckdb_tables()")
         seen.append([name for (name,) in found if name in ("turn_one", "turn_two")])
         engine.execute("CREATE TABLE IF NOT EXISTS audit.theirs (a INT)")

@@ -354,6 +354,31 @@ def test_ingest_of_a_cloned_segment_takes_the_new_lines_of_both(db: Path, engine
     assert store_of(db).ingest() and len(table_rows(db)) == 4 and not path.exists()
 
 
+def test_ingest_of_a_cloned_segment_that_fails_at_first_takes_the_new_lines_once(
+    db: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = segment(db, "a")
+    copy = path.read_bytes()
+    assert store_of(db).ingest()
+    path.write_bytes(copy + journal_line("b", 2))
+
+    def full(*_: object) -> None:
+        raise StoreError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            mxcp_audit.PackageEngine,
+            "execute",
+            lambda engine, sql, params={}: (
+                full() if sql.startswith("COMMIT") else list(engine.stream(sql, params))
+            ),
+        )
+        with pytest.raises(StoreError):
+            store_of(db).ingest()
+    assert store_of(db).ingest()
+    assert sorted(name for (name,) in table_rows(db, "SELECT name FROM logs")) == ["a", "b"]
+
+
 def test_ingest_of_a_known_name_with_other_lines_puts_them_aside(db: Path, engine: str) -> None:
     path = segment(db, "a", "b")
     assert store_of(db).ingest()

@@ -166,7 +166,7 @@ def verify(folder: Path, rows: int, rounds: int) -> int:
     def timed(sql: str) -> float:
         begun = time.perf_counter()
         if sql:
-            with store.target.session(read_only=True, wait=5.0) as engine:
+            with store.target.session(5.0) as engine:
                 collections.deque(engine.stream(sql), 0)  # each is taken, none kept
         else:
             assert store.verify().intact

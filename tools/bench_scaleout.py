@@ -190,7 +190,7 @@ def simulate_small(server: Postgres, folder: Path, ingests: int) -> None:
         )
 
     before, had = statistics.median(log_seconds() for _ in range(5)), files()
-    with stores[0].target.session(read_only=False, wait=5) as engine:
+    with stores[0].target.session(5, write=True) as engine:
         for table in ("logs", "ledger"):
             engine.execute(f"CALL ducklake_flush_inlined_data('audit', table_name => '{table}')")
         engine.execute("CALL ducklake_merge_adjacent_files('audit')")

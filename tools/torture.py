@@ -1139,16 +1139,16 @@ class Mutant:
 
 
 DELETE = "[os.unlink(claim.path) for claim in claims]\n"
-KNOWN = "            known = known_segments(engine, segments)\n"
+KNOWN = "        known = known_segments(engine, [claim.id for claim in claims])\n"
 CHECKPOINT = "        if self.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing\n"
 MUTANTS = (
     Mutant("no drain at exit", "S3", (("            logger.shutdown()\n", "            pass\n"),)),
-    Mutant("delete before commit", "S2", ((KNOWN, f"            {DELETE}{KNOWN}"),)),
+    Mutant("delete before commit", "S2", ((KNOWN, f"        {DELETE}{KNOWN}"),)),
     Mutant(
         "delete before checkpoint",
         "S10",
         (
-            (KNOWN, f"            self._target.delete = lambda: {DELETE}{KNOWN}"),
+            (KNOWN, f"        target.delete = lambda: {DELETE}{KNOWN}"),
             (CHECKPOINT, f"        getattr(self, 'delete', list)()\n{CHECKPOINT}"),
         ),
     ),
@@ -1162,7 +1162,7 @@ MUTANTS = (
         "S4",
         (("            os.ftruncate(self.number(), self.size)\n", "            pass\n"),),
     ),
-    Mutant("no ledger check", "S2", ((KNOWN, "            known = set[str]()\n"),)),
+    Mutant("no ledger check", "S2", ((KNOWN, "        known = set[str]()\n"),)),
     Mutant(
         "count but drop",
         "S4",
@@ -1188,8 +1188,8 @@ MUTANTS = (
         "S12",
         (
             (
-                "                good[seq] = number, line\n",
-                "                faults.append((number, '', line))\n",
+                "            good[seq] = number, line\n",
+                "            faults.append((number, '', line))\n",
             ),
         ),
     ),
