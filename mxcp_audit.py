@@ -11,7 +11,7 @@ Each call becomes a row in a DuckDB file that can be queried while the server ru
     with audit.record("tool", "get_user", {"id": 7}, caller="http"):
         ...                                         # or call by call
 
-Then, from any shell:
+and from any shell:
 
     python -m mxcp_audit log --status error --since 1h
 
@@ -42,17 +42,7 @@ import threading
 import time
 import types
 import weakref
-from collections.abc import (
-    Awaitable,
-    Callable,
-    Collection,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    MappingView,
-    Sequence,
-)
+from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from math import inf, isfinite, nan
 from typing import (
@@ -190,14 +180,13 @@ class QueryError(StoreError):
 
 def counted(count: int, noun: str) -> str:
     """Return a number with its noun, such as "2 events"."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    return f"{count} {noun}" + "s" * (count != 1)
 
 
 def no_python() -> str | None:
     """Return why no child can run this file, or None if one can."""
-    if getattr(sys, "frozen", False) or not re.match(
-        r"(?i)(python|pypy)", os.path.basename(sys.executable or "")
-    ):
+    program = os.path.basename(sys.executable or "")
+    if getattr(sys, "frozen", False) or not re.match("(?i)python|pypy", program):
         return "sys.executable is no Python"
     return None if os.path.isfile(__file__) else f"{__file__} is no file"
 
@@ -206,12 +195,12 @@ def no_python() -> str | None:
 # depends on: Errors
 #
 # `parse_yaml` returns what PyYAML's `safe_load` returns, as in MXCP, or raises ConfigError:
-# tools/fuzz_yaml.py compares the two. A cursor walks over the text once. After a block node it stands on the
+# tools/fuzz_yaml.py compares the two. A cursor walks over the text once. After a block node it is at the
 # first token of a later line, whose column says whether the collection goes on (same), has ended (smaller) or
-# is broken (larger). The end of the text, `---` and `...` count as column -1.
+# is broken (larger). The end of the text, `---` and `...` are at column -1.
 
-MAX_SITE_FILE_BYTES = 16 * 2**20  # arbitrary
-MAX_DEPTH = 100  # arbitrary; PyYAML takes about 500
+MAX_SITE_FILE_BYTES = 16 * 2**20
+MAX_DEPTH = 100  # PyYAML takes about 500
 MAX_KEY_CHARS = 1024  # PyYAML's, up to the colon
 MAX_NUMBER_CHARS = 4300  # Python's, for digits; 1:1:1:… would be quadratic
 
@@ -276,11 +265,9 @@ def parse_yaml(text: str | bytes, *, path: str | None = None) -> object:
 
 
 class _YamlReader:
-    """Reads one YAML document. `places`: of pairs, by id of the mapping and key."""
-
     def __init__(self, text: str | bytes, path: str | None) -> None:
         self.path, self.pos, self.depth, self.text = path, 0, 0, ""
-        self.places: dict[tuple[int, object], int] = {}
+        self.places: dict[tuple[int, object], int] = {}  # of pairs, by id of the mapping and key
         if isinstance(text, bytes):
             encoding = {b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}.get(text[:2], "utf-8")
             try:
@@ -316,9 +303,10 @@ class _YamlReader:
 
     def take(self, pattern: re.Pattern[str]) -> str:
         """Pass and return what matches at the cursor, or ""."""
-        match = self.see(pattern)
-        self.pos = match.end() if match else self.pos
-        return match[0] if match else ""
+        if not (match := self.see(pattern)):
+            return ""
+        self.pos = match.end()
+        return match[0]
 
     def end_line(self) -> None:
         """Pass the rest of a line, which must be empty, to the next token."""
@@ -336,7 +324,6 @@ class _YamlReader:
     # --- blocks
 
     def document(self) -> object:
-        """Return the value of the whole text."""
         self.take(_BLANKS)
         explicit = self.column() < 0 and self.char == "-"
         started = explicit or self.column() >= 0
@@ -394,7 +381,6 @@ class _YamlReader:
             self.fail(f"a key of several lines or more than {MAX_KEY_CHARS} characters; shorten it", start)
 
     def put(self, mapping: dict[object, object], key: object, value: object, at: int) -> object:
-        """Enter a pair that starts at `at` and return the mapping."""
         if isinstance(key, (dict, list)):
             self.fail("a collection as a key; use text", at)
         if key in mapping:  # 1, 1.0 and true are equal
@@ -450,12 +436,12 @@ class _YamlReader:
         if not self.see(beginning):
             self.refuse("a key or a value")
         start = here = self.pos
-        pieces, gap = [], ""
+        text = gap = ""
         while end := ending.search(self.text, here):  # always: the NUL ends everything
             line = self.text[here : end.start()].rstrip(" ")
             if not line:
                 break
-            pieces += [_folded(gap), line]
+            text += _folded(gap) + line
             self.pos = here + len(line)
             if not (match := self.see(_LINE_GAP)):
                 break
@@ -464,23 +450,20 @@ class _YamlReader:
             if column <= indent or self.text[here] == "#" or _END.match(self.text, here):
                 break
         try:
-            return _plain_value("".join(pieces))
+            return _plain_value(text)
         except ValueError as error:
             raise ConfigError(str(error), **self.place(start)) from error
 
     def quoted(self) -> str:
-        quote = self.char
-        whole, part = _QUOTED[quote]
-        match = self.see(whole)
-        if not match:
-            self.fail(f"the closing {quote} is missing; add it")
+        whole, part = _QUOTED[self.char]
+        if not (match := self.see(whole)):
+            self.fail(f"the closing {self.char} is missing; add it")
         if re.search(r"\n(?:---|\.\.\.)[ \t\n]", match[1]):
             self.fail("a document marker (--- or ...) inside quotes; indent it")
         offset, self.pos = self.pos + 1, match.end()
         return part.sub(lambda part: self.meant(part[0], offset + part.start()), match[1])
 
     def meant(self, part: str, at: int) -> str:
-        """Return what a piece of quoted text means."""
         if part[0] != "\\":
             return "'" if part == "''" else _folded(part)
         if part[1] == "\n":
@@ -493,8 +476,7 @@ class _YamlReader:
 
     def block_scalar(self, indent: int) -> str:
         """The `|` or `>` scalar at the cursor, in a collection at `indent`."""
-        header = self.see(_BLOCK_HEADER)
-        if not header:
+        if not (header := self.see(_BLOCK_HEADER)):
             self.fail("only +, -, a digit and a comment may follow | or >; quote text")
         self.pos = header.end()
         digit, chomping = header[2].strip("+-"), header[2].strip("123456789")
@@ -506,21 +488,18 @@ class _YamlReader:
             column = max(column, *map(len, leading[0].split("\n")))
         # 2. Its lines. The cursor stays on the line break before the first line that isn't taken.
         lines = self.take(re.compile(rf"(?:\n(?: {{{column}}}[^\n\0]*| *(?=[\n\0])))*")).split("\n")[1:]
-        whole = "\n".join([line[column:] for line in lines])
-        if lines and self.char == "\n":
-            whole += "\n"
+        whole = "\n".join([line[column:] for line in lines]) + "\n" * (bool(lines) and self.char == "\n")
         # 3. Its line breaks: folded inside, cut or kept at the end.
         text = whole.rstrip("\n")
-        end = {"": whole[len(text) :][:1] if text else "", "-": "", "+": whole[len(text) :]}[chomping]
+        breaks = whole[len(text) :]
         if header[1] == ">":
-            text = re.sub(
-                r"(?m)^([^ \t\n].*)\n(\n*)(?=[^ \t\n])", lambda line: line[1] + (line[2] or " "), text
-            )
-        return text + end
+            fold = re.compile(r"^([^ \t\n].*)\n(\n*)(?=[^ \t\n])", re.MULTILINE)
+            text = fold.sub(lambda line: line[1] + (line[2] or " "), text)
+        return text + {"": breaks[: bool(text)], "-": "", "+": breaks}[chomping]
 
 
 def _folded(blanks: str) -> str:
-    """Blanks of a wrapped scalar: a line break is a space, n are n - 1."""
+    """In a wrapped scalar a line break is a space, n are n - 1."""
     breaks = blanks.count("\n")
     return "\n" * (breaks - 1) or " " if breaks else blanks
 
@@ -555,8 +534,8 @@ def _plain_value(text: str) -> object:
 # --- settings
 
 SITE_FILE = "mxcp-site.yml"
-MAX_DURATION_S = 100 * 365 * 86400.0  # arbitrary; datetime and locks can take more
-MIN_INPUT_BYTES = 256  # arbitrary
+MAX_DURATION_S = 100 * 365 * 86400.0  # datetime and locks can take more
+MIN_INPUT_BYTES = 256
 MAX_INPUT_BYTES = 64 * 2**20  # what the writer's queue holds
 
 _UNITS_S = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -569,8 +548,7 @@ class Config(NamedTuple):
 
     Args:
         path: absolute path of the database file, or an ATTACH target such as "postgres:…".
-        site_file: absolute path of the site file, or None.
-        journal: absolute path of the journal directory; None is "<path>.journal".
+        site_file, journal: absolute paths, or None; the journal's is by default "<path>.journal".
         sources: where each of the others came from: "default", "argument", "MXCP_PROFILE", or file and
             line such as "mxcp-site.yml:12".
     """
@@ -598,10 +576,9 @@ class Config(NamedTuple):
     sources: Mapping[str, str] = types.MappingProxyType({})
 
     def __repr__(self) -> str:
-        shown = [
-            f"{name}={value!r}" for name, value in self._asdict().items() if name not in ("path", "attach")
-        ]
-        return f"Config({', '.join(shown)})"
+        shown = self._asdict()
+        del shown["path"], shown["attach"]
+        return f"Config({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     @property
     def journal_directory(self) -> str:
@@ -611,9 +588,9 @@ class Config(NamedTuple):
 
 def parse_duration(text: str) -> float:
     """Return the seconds of a text such as "10m" or "1h30m"."""
-    is_duration = isinstance(text, str) and re.fullmatch(r"(?:[0-9]{1,12}(?:ms|[smhdw]))+", text)
+    is_duration = re.fullmatch("(?:[0-9]{1,12}(?:ms|[smhdw]))+", text)
     parts = re.findall("([0-9]+)([a-z]+)", text) if is_duration else ()
-    seconds = float(sum(int(number) * _UNITS_S[unit] for number, unit in parts))
+    seconds = sum((int(number) * _UNITS_S[unit] for number, unit in parts), 0.0)
     if not 0 < seconds <= MAX_DURATION_S:
         problem = f'{text!r:.60} is no duration such as "10m" or "1h30m"; write whole numbers with a unit'
         raise ValueError(f"{problem} (ms, s, m, h, d, w), more than 0 and at most 100 years")
@@ -727,7 +704,7 @@ def _options(value: object) -> dict[str, str | int | float | bool]:
     if not isinstance(value, Mapping):
         raise ValueError("must be a mapping of options, such as {DATA_PATH: lake/}")  # it may hold a secret
     for name, option in value.items():
-        if not isinstance(name, str) or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name if isinstance(name, str) else ""):
             raise ValueError(f"{name!r:.60}: the name of an option has letters, digits and _ only")
         if not isinstance(option, (str, int, float)) or (isinstance(option, float) and not isfinite(option)):
             raise ValueError(f"{name} must be text, a number or a boolean, not {_described(option)}")
@@ -771,7 +748,7 @@ def check_settings(
     settings: Mapping[str, object],
     place: Callable[[str], Mapping[str, Any]] = lambda name: {"trail": (name,)},
 ) -> dict[str, Any]:
-    """Return the settings as `Config` holds them; `place` tells their places."""
+    """Return the settings as `Config` holds them."""
     checked = {}
     for name, value in settings.items():
         try:
@@ -832,7 +809,7 @@ class _SiteFile(_YamlReader):
         return value
 
     def profile(self, argument: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
-        """The name of the profile that holds, and who chose it."""
+        """Return the profile's name, and what chose it."""
         chosen: dict[str, object] = {
             "argument": argument,
             "MXCP_PROFILE": environ.get("MXCP_PROFILE") or None,
@@ -2021,7 +1998,7 @@ _CONTENTS: tuple[tuple[Any, Callable[[Any], object]], ...] = (
     (dict, lambda value: dict(dict.items(value))),
     (BaseException, lambda value: f"{_type_name(value)}: {_text_of(value, str)}".removesuffix(": ")),
     ((set, frozenset), lambda value: sorted(value, key=lambda item: (_type_name(item), _text_of(item)))),
-    ((list, collections.deque, MappingView), list),
+    ((list, collections.deque, collections.abc.MappingView), list),
     (tuple, lambda value: list(value) if (members := _members(value)) is None else members),
 )
 
