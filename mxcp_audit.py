@@ -69,28 +69,10 @@ if TYPE_CHECKING:
     import subprocess
 
 __version__ = "0.2.0"
-__all__ = [
-    "AuditError",
-    "AuditLogger",
-    "Call",
-    "Config",
-    "ConfigError",
-    "Counters",
-    "DatabaseCorruptError",
-    "DatabaseLockedError",
-    "DatabaseNotFoundError",
-    "DatabaseUnreachableError",
-    "EngineNotFoundError",
-    "EventError",
-    "Filter",
-    "JournalError",
-    "QueryError",
-    "Redactor",
-    "Store",
-    "StoreError",
-    "load_config",
-    "main",
-]
+__all__ = ["AuditError", "AuditLogger", "Call", "Config", "ConfigError", "Counters", "DatabaseCorruptError"]
+__all__ += ["DatabaseLockedError", "DatabaseNotFoundError", "DatabaseUnreachableError", "EngineNotFoundError"]
+__all__ += ["EventError", "Filter", "JournalError", "QueryError", "Redactor", "Store", "StoreError"]
+__all__ += ["load_config", "main"]
 
 
 # === Errors ===
@@ -179,7 +161,7 @@ class QueryError(StoreError):
 
 
 def counted(count: int, noun: str) -> str:
-    """Return a number with its noun, such as "2 events"."""
+    """Return text such as "2 events"."""
     return f"{count} {noun}" + "s" * (count != 1)
 
 
@@ -222,13 +204,13 @@ _DATE = re.compile(
     r":[0-9]{2}:[0-9]{2}(?:\.[0-9]*)?(?:[ \t]*(?:Z|[-+][0-9]{1,2}(?::[0-9]{2})?))?"
 )
 
-# The text ends in a NUL, which occurs nowhere else.
+# The text ends in a NUL.
 _BLANKS = re.compile(r"[ \n]*(?:#[^\n\0]*[ \n]*)*")
 _END = re.compile(r"\0|^(?:---|\.\.\.)(?=[ \t\n\0])", re.MULTILINE)
 _DASH = re.compile(r"-(?=[ \t\n\0])")
 _COLON = re.compile(r" *:(?=[ \t\n\0])")
 _LINE_GAP = re.compile(r" *\n[ \n]*")
-# By "between brackets": how plain text begins, and what ends it on its line.
+# By "between brackets": what begins plain text, and what ends it on its line.
 _PLAIN_START = r"[^ \t\n\0\-?:,\[\]{}#&*!|>'\"%@`]"
 _PLAIN = {
     False: (re.compile(_PLAIN_START + r"|[-?:](?=[^ \t\n\0])"), re.compile(r"[\t\n\0]|:(?=[ \t\n\0])| #")),
@@ -309,7 +291,6 @@ class _YamlReader:
         return match[0]
 
     def end_line(self) -> None:
-        """Pass the rest of a line, which must be empty, to the next token."""
         if "\n" not in self.take(_BLANKS) and self.char != "\0":
             self.refuse("the end of the line")
 
@@ -376,7 +357,6 @@ class _YamlReader:
         return sequence
 
     def check_key(self, start: int) -> None:
-        """Refuse what PyYAML refuses as a key between `start` and the colon."""
         if self.pos - 1 - start > MAX_KEY_CHARS or "\n" in self.text[start : self.pos]:
             self.fail(f"a key of several lines or more than {MAX_KEY_CHARS} characters; shorten it", start)
 
@@ -486,7 +466,7 @@ class _YamlReader:
             column += int(digit) - 1
         elif leading := self.see(_LEADING_LINES):
             column = max(column, *map(len, leading[0].split("\n")))
-        # 2. Its lines. The cursor stays on the line break before the first line that isn't taken.
+        # 2. Its lines. The cursor stays before the line break of the first that isn't taken.
         lines = self.take(re.compile(rf"(?:\n(?: {{{column}}}[^\n\0]*| *(?=[\n\0])))*")).split("\n")[1:]
         whole = "\n".join([line[column:] for line in lines]) + "\n" * (bool(lines) and self.char == "\n")
         # 3. Its line breaks: folded inside, cut or kept at the end.
@@ -505,7 +485,6 @@ def _folded(blanks: str) -> str:
 
 
 def _plain_value(text: str) -> object:
-    """The value of a plain scalar in YAML 1.1; ValueError if it has none."""
     word = text.lower()
     if word in _YAML_WORDS and text in {word, word.title(), word.upper(), ".NaN"} - {".Nan"}:
         return _YAML_WORDS[word]
@@ -582,13 +561,13 @@ class Config(NamedTuple):
 
     @property
     def journal_directory(self) -> str:
-        """Where the journal is: `journal`, or beside a database file."""
+        """`journal`, or the directory beside the database file."""
         return self.journal or self.path + ".journal"
 
 
 def parse_duration(text: str) -> float:
     """Return the seconds of a text such as "10m" or "1h30m"."""
-    is_duration = re.fullmatch("(?:[0-9]{1,12}(?:ms|[smhdw]))+", text)
+    is_duration = isinstance(text, str) and re.fullmatch("(?:[0-9]{1,12}(?:ms|[smhdw]))+", text)
     parts = re.findall("([0-9]+)([a-z]+)", text) if is_duration else ()
     seconds = sum((int(number) * _UNITS_S[unit] for number, unit in parts), 0.0)
     if not 0 < seconds <= MAX_DURATION_S:
@@ -628,7 +607,7 @@ def public_target(target: str) -> str:
 
 
 def hide_secrets(text: str, target: str, options: Mapping[str, object]) -> str:
-    """Return an engine's message, unless it repeats secrets of the target."""
+    """Return a message, unless it repeats secrets of the target."""
     public, start = public_target(target), len(_PREFIXES.findall(target)[0])
     if target[start:]:
         text = text.replace(target[start:], public[start:])
@@ -642,7 +621,7 @@ def hide_secrets(text: str, target: str, options: Mapping[str, object]) -> str:
 
 class Setting(NamedTuple):
     must_be: str
-    check: Callable[[Any], object]  # returns the value as `Config` has it, or None, or raises ValueError
+    check: Callable[[Any], object]  # returns what `Config` holds, or None, or raises ValueError
 
 
 def _described(value: object) -> str:
@@ -748,7 +727,6 @@ def check_settings(
     settings: Mapping[str, object],
     place: Callable[[str], Mapping[str, Any]] = lambda name: {"trail": (name,)},
 ) -> dict[str, Any]:
-    """Return the settings as `Config` holds them."""
     checked = {}
     for name, value in settings.items():
         try:
@@ -788,7 +766,7 @@ class _SiteFile(_YamlReader):
         self.root: dict[object, Any] = root or {}
 
     def at(self, *keys: object) -> dict[str, Any]:
-        """Return the place of a key, or of the last one that exists."""
+        """Return the place of a key, or of the last that exists."""
         position, value = 0, self.root
         for key in keys:
             if (id(value), key) not in self.places:
@@ -800,7 +778,7 @@ class _SiteFile(_YamlReader):
         return f"{os.path.basename(self.path or '')}:{self.at(*keys)['line']}"
 
     def section(self, *keys: str) -> dict[object, Any]:
-        """Return the mapping at these keys; empty where one is missing."""
+        """Return the mapping at these keys; {} where one is missing."""
         value = self.root
         for depth, key in enumerate(keys, 1):
             value = {} if value.get(key) is None else value[key]
@@ -829,7 +807,6 @@ class _SiteFile(_YamlReader):
 
 
 def config_from_arguments(path: str | os.PathLike[str], **settings: object) -> Config:
-    """Return the settings of keyword arguments."""
     given = {"path": path, **{name: value for name, value in settings.items() if value is not None}}
     checked = check_settings(given)
     is_remote = is_attach_target(checked["path"])
@@ -893,7 +870,7 @@ def load_config(
 
 
 def find_site_file(folder: str) -> str | None:
-    """Return the site file in a folder or the nearest above it, or None."""
+    """Return the site file in a folder, or the nearest above, or None."""
     while not os.path.lexists(path := os.path.join(folder, SITE_FILE)):
         folder, below = os.path.dirname(folder), folder
         if folder == below:
@@ -931,18 +908,11 @@ LARGEST = {"INTEGER": MAX_DURATION_MS, "BIGINT": 2**63 - 1}
 
 wall_clock_ns = time.time_ns  # recorded; intervals use the monotonic clock
 
-_SEGMENT_ID = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{8}")
-
 
 def new_segment_id(now_ns: int) -> str:
-    """Return `<UTC to the microsecond>-<8 hex>`: sorted by age, unguessable."""
-    second, ns = divmod(now_ns, 1_000_000_000)
-    return f"{_stamp(second)}{ns // 1000:06d}Z-{os.urandom(4).hex()}"
-
-
-@functools.lru_cache(maxsize=1)
-def _stamp(second: int) -> str:
-    return time.strftime("%Y%m%dT%H%M%S", time.gmtime(second))
+    """Return `<UTC time>-<8 hex>`: sorted by age, unguessable."""
+    second, ns = divmod(now_ns, 10**9)
+    return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(second))}{ns // 1000:06d}Z-{os.urandom(4).hex()}"
 
 
 def utc_now() -> datetime.datetime:
@@ -978,7 +948,7 @@ _ISO_8601 = re.compile(
 
 
 def parse_iso(text: object, *, local: bool = False) -> datetime.datetime:
-    """Return the moment of ISO 8601 text; without a zone it is UTC or `local`."""
+    """Return the moment of ISO 8601 text; by default in UTC, or `local`."""
     match = _ISO_8601.fullmatch(text) if isinstance(text, str) else None
     if match is None:
         raise ValueError("is no time")
@@ -994,15 +964,15 @@ LINE_TIME = "%Y-%m-%dT%H:%M:%S.%fZ"  # of lines, for `strptime`
 
 
 def is_segment_id(text: str) -> bool:
-    return _SEGMENT_ID.fullmatch(text) is not None
+    return re.fullmatch(r"\d{8}T\d{12}Z-[0-9a-f]{8}", text) is not None
 
 
 def parse_event_id(text: str) -> tuple[str, int]:
     """Return the parts of an event id, `<segment>:<seq>`."""
     segment, _, seq = text.strip().rpartition(":")
-    if not is_segment_id(segment) or not re.fullmatch(r"[1-9][0-9]{0,9}", seq):
-        raise EventError(f"{text!r} is no event id; one looks like {new_segment_id(0)}:1", field="event_id")
-    return segment, int(seq)
+    if is_segment_id(segment) and re.fullmatch("[1-9][0-9]{0,9}", seq):
+        return segment, int(seq)
+    raise EventError(f"{text!r} is no event id; one looks like {new_segment_id(0)}:1", field="event_id")
 
 
 # === Redaction ===
@@ -2509,7 +2479,7 @@ class Redactor:
 # depends on: Events, Redaction
 #
 # Event → line (docs/journal-format.md), line → event. Only the writer knows `seq`, which comes last. Lone
-# surrogates, invalid UTF-8, NUL and integers past INTEGER never pass: DuckDB would reject the whole file.
+# surrogates, invalid UTF-8, NUL and integers past INTEGER don't pass: DuckDB would reject the whole file.
 
 # --- what is too large
 
@@ -2527,7 +2497,7 @@ def clip_plain(plain: Any, max_bytes: int) -> Any:
         return _clip_text(note, max_bytes)
     # 1. The last entries go, until each of the rest has room for a marker at least.
     is_list = isinstance(plain, list)
-    pairs: Any = enumerate(plain) if is_list else plain.items()  # type: ignore[union-attr]
+    pairs: Any = plain.items() if isinstance(plain, dict) else enumerate(plain)
     out: dict[Any, Any] = {}
     sizes: dict[Any, int] = {}
     for key, item in pairs:
@@ -2565,7 +2535,7 @@ def _clip_text(text: str, max_bytes: int) -> str:
 
 # --- lines
 
-_CACHE_SIZE, _CACHED_CHARS = 1024, 512  # arbitrary: a server has tens of names, callers make up more
+_CACHE_SIZE, _CACHED_CHARS = 1024, 512  # a server has tens of names, but callers make up more
 _NAME_BYTES = 1024  # of a name or an id
 _TEXT_BYTES = 2**16  # of an error or a reason
 REPLACEMENT = "\ufffd"
@@ -2587,9 +2557,7 @@ class Encoder:
     def __init__(
         self, redactor: Redactor, *, max_input_bytes: int, clock: Callable[[], int] = wall_clock_ns
     ) -> None:
-        self._redactor = redactor
-        self._max_input_bytes = max_input_bytes
-        self._clock = clock
+        self._redactor, self._max_input_bytes, self._clock = redactor, max_input_bytes, clock
         self._second = (-1, "")  # threads never see half of a tuple
         self._cache: dict[tuple[object, ...], Any] = {}  # frames and parties
 
@@ -2642,10 +2610,8 @@ class Encoder:
                 duration_ms, flag = "null", flag + "; mxcp_audit: duration_ms is no number"
         ids, rest = _NO_IDS, ""
         if user_id is not None or session_id is not None or trace_id is not None:
-            ids = (
-                f',"user_id":{self._json(user_id)},"session_id":{self._json(session_id)}'
-                f',"trace_id":{self._json(trace_id)}'
-            )
+            text = self._json
+            ids = f',"user_id":{text(user_id)},"session_id":{text(session_id)},"trace_id":{text(trace_id)}'
         if more != _NO_MORE:
             rest, more_flag = self._more(more)
             flag += more_flag
@@ -2653,14 +2619,14 @@ class Encoder:
         if flag:
             reason_json = f'"{flag[2:]}"' if reason is None else f'{reason_json[:-1]}{flag}"'
         error_json = "null" if error is None else encode_text(self._clean(error, echoes, _TEXT_BYTES))
-        text = (
+        line = (
             f'{{"timestamp":"{stamp[1]}.{ns // 1000:06d}{head}{input_json},"duration_ms":{duration_ms}'
             f"{middle}{reason_json}{tail}{error_json}{ids}{rest}"
         )
         try:
-            return text.encode()
+            return line.encode()
         except UnicodeEncodeError:  # lone surrogates; a pair of them is one character
-            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+            return line.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
     def _frame(self, *parts: object) -> tuple[str, str, str, str]:
         """Return what surrounds the changing parts, and what `reason` must say."""
@@ -2668,8 +2634,9 @@ class Encoder:
         for argument, part in zip(_FRAME, parts):
             text = self._clean("n/a" if part is None and argument == "policy_decision" else part)
             texts.append(encode_text(text))
-            if text not in _ALLOWED.get(argument, (text,)):
-                flag += f"; mxcp_audit: {argument} is none of {', '.join(_ALLOWED[argument])}"
+            allowed = _ALLOWED.get(argument, (text,))
+            if text not in allowed:
+                flag += f"; mxcp_audit: {argument} is none of {', '.join(allowed)}"
         head = f'Z","caller":{texts[0]},"type":{texts[1]},"name":{texts[2]},"input_json":'
         frame = head, f',"policy_decision":{texts[3]},"reason":', f',"status":{texts[4]},"error":', flag
         self._keep(parts, frame)
@@ -2698,16 +2665,15 @@ class Encoder:
         return text, flag
 
     def _keep(self, parts: tuple[object, ...], made: object) -> None:
-        texts = [part for part in parts if part is not None]
-        if all(type(text) is str for text in texts) and sum(map(len, texts)) <= _CACHED_CHARS:  # type: ignore[arg-type]
+        texts: list[Any] = [part for part in parts if part is not None]
+        if all(type(text) is str for text in texts) and sum(map(len, texts)) <= _CACHED_CHARS:
             if len(self._cache) >= _CACHE_SIZE:
                 self._cache.clear()
             self._cache[parts] = made
 
     def _members(self, columns: Sequence[Column], values: Sequence[object]) -> str:
-        return "".join(
-            [f',"{c.name}":{self._json(value)}' for c, value in zip(columns, values) if value is not None]
-        )
+        pairs = [(column.name, value) for column, value in zip(columns, values) if value is not None]
+        return "".join([f',"{name}":{self._json(value)}' for name, value in pairs])
 
     def _json(self, value: object) -> str:
         if type(value) is str and _PLAIN_ID.fullmatch(value):
@@ -2716,12 +2682,10 @@ class Encoder:
 
     def _clean(self, value: object, echoes: Sequence[str] = (), limit: int = _NAME_BYTES) -> str:
         """Return a text without secrets, cut to `limit` bytes."""
-        if type(value) is str:
-            whole = value
-        else:
-            whole = self._redactor.redact_json(value)
-            whole = json.loads(whole) if whole[0] == '"' else whole
-        # Only twice the limit is redacted; its end goes, as a secret that is cut there is not recognized.
+        whole = value if type(value) is str else self._redactor.redact_json(value)
+        if whole is not value and whole[0] == '"':
+            whole = json.loads(whole)
+        # Only twice the limit is redacted, and half of that kept: a secret that is cut is not recognized.
         text = self._redactor.scrub(whole[: 2 * limit], echoes).replace("\0", REPLACEMENT)
         fits = len(whole) <= 2 * limit
         data = (text if fits else text[:-limit]).encode("utf-8", "surrogatepass")
@@ -2742,7 +2706,6 @@ def finish_line(line: bytes, seq: int) -> bytes:
 
 
 def _clamped(duration_ms: Any) -> int | None:
-    """Return an integer of 0 … 2³¹−1, or None for what is no number."""
     try:
         return round(min(max(0.0, float(duration_ms)), MAX_DURATION_MS))  # in this order NaN becomes 0
     except OverflowError:  # an integer that is no float
@@ -2782,9 +2745,9 @@ def event_of_line(line: bytes) -> dict[str, Any]:
 # === Journal ===
 # depends on: Errors, Events, Encoding
 #
-# The append-only files between server and database (docs/journal-format.md). A process writes its own
-# segments only, and holds their locks (flock: pids are reused) while it does. A name never changes, as a
-# rename makes a reader's query fail. Without locks nobody knows who lives, and nothing is ingested.
+# The append-only files between server and database (docs/journal-format.md). A process writes only its own
+# segments, and holds their locks (flock: pids are reused) meanwhile. A name never changes, as a rename makes
+# a reader's query fail. Without locks nobody knows who lives, and nothing is ingested.
 
 JOURNAL_FORMAT = 2  # of names and lines
 SEGMENT_SUFFIX = ".jsonl"
@@ -2798,17 +2761,17 @@ FILE_MODES = {False: 0o600, True: 0o660}  # True: for a group
 _GROUP_MODE = 0o2770
 # Follow no link, and wait for no other end of a FIFO.
 _NO_FOLLOW = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
-_MOST_CLAIMS = 4096  # arbitrary: segments in one transaction
-_SMALL_BYTES = 2**18  # arbitrary: of segments that are combined
+_MOST_CLAIMS = 4096  # in one transaction
+_SMALL_BYTES = 2**18  # of segments that are combined
 COMBINED = "combined"
 _GONE = {errno.ENOENT, errno.ENOTDIR, getattr(errno, "ESTALE", errno.ENOENT)}
 _TURN_SECONDS = 5.0  # in which an ingest that asks goes first
-_ORPHAN_SECONDS = 60.0  # arbitrary
+_ORPHAN_SECONDS = 60.0
 _LOCK_OFFSET = 2**62  # Windows locks bytes against reading: one that never exists
 
 
 def try_lock(fd: int, *, shared: bool = False) -> bool:
-    """Take the lock of an open file; False if somebody else has it."""
+    """Take a file's lock; False if somebody else has it."""
     try:
         if sys.platform != "win32":
             fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -2829,7 +2792,7 @@ def unlock(fd: int) -> None:
 
 @contextlib.contextmanager
 def trying_lock(fd: int, *, shared: bool = False) -> Iterator[bool]:
-    """Try the lock of an open file, and close the file in the end."""
+    """Try a file's lock, and close the file in the end."""
     try:
         yield try_lock(fd, shared=shared)
     finally:
@@ -2838,11 +2801,12 @@ def trying_lock(fd: int, *, shared: bool = False) -> Iterator[bool]:
 
 
 def _key(found: os.stat_result) -> tuple[int, int]:
+    """Return what tells a file from others."""
     return found.st_dev, found.st_ino
 
 
 def _key_at(path: str) -> tuple[int, int] | None:
-    """Return device and inode of a file, or None; links are not followed."""
+    """Return the key of a file or link, or None."""
     try:
         return _key(os.lstat(path))
     except OSError as error:
@@ -2875,7 +2839,6 @@ def sync_file(path: str, flags: int = os.O_RDWR | _NO_FOLLOW) -> None:
 
 
 def sync_directory(directory: str) -> None:
-    """Force names in a directory to the disk; Windows needs no such thing."""
     if sys.platform != "win32":
         sync_file(directory, os.O_RDONLY)
 
@@ -2901,7 +2864,6 @@ def give_to_owner(path: str, fd: int | None = None) -> None:
 
 
 def is_for_group(directory: str) -> bool:
-    """Return True for the directory of a journal with `group`."""
     return os.stat(directory or os.curdir).st_mode & _GROUP_MODE == _GROUP_MODE
 
 
@@ -2916,13 +2878,13 @@ def read_file(path: str) -> bytes:
 
 
 def read_lines(path: str) -> bytes:
-    """Return the whole lines of a file that somebody may be writing."""
+    """Return the whole lines of a file that may be growing."""
     data = read_file(path)
     return data[: data.rfind(b"\n") + 1]
 
 
 def make_file(path: str, flags: int, *, group: bool | None = None) -> int:
-    """Open a file, new or not, with our mode; links are not followed."""
+    """Open a file, new or not, with our mode, but no link."""
     group = is_for_group(os.path.dirname(path)) if group is None else group
     fd = os.open(path, flags | os.O_CREAT | _NO_FOLLOW, FILE_MODES[group])
     try:
@@ -2955,7 +2917,7 @@ def file_digest(path: str) -> str:
 
 
 def write_file(path: str, data: bytes) -> None:
-    """Write a new file and force it to the disk."""
+    """Make a file and force it to the disk."""
     with open(make_file(path, os.O_WRONLY | os.O_EXCL), "wb") as file:
         file.write(data)
         file.flush()
@@ -2963,7 +2925,7 @@ def write_file(path: str, data: bytes) -> None:
 
 
 def replace_file(path: str, data: bytes) -> None:
-    """Put a file in place of another, whole or not at all."""
+    """Put a file in place, whole or not at all."""
     scratch = f"{path}.{os.urandom(4).hex()}.part"
     try:
         write_file(scratch, data)
@@ -2981,12 +2943,11 @@ class Segment:
         self._fd, self._key = fd, _key(os.fstat(fd))
         self.path, self.id, self.opened, self.closed = path, segment_id_of(path), time.monotonic(), False
         self._dirty = False  # there may be bytes behind the end
-        self._end = (0, 0)  # bytes and events; an interrupt never sees half of a tuple
+        self._end = (0, 0)  # bytes and events of whole lines; an interrupt never sees half of a tuple
         self._limit = file_size_limit()
 
     @property
     def size(self) -> int:
-        """Bytes of whole lines."""
         return self._end[0]
 
     @property
@@ -3021,13 +2982,12 @@ class Segment:
             self._dirty = False
 
     def number(self) -> int:
-        """Return the descriptor; OSError if it is closed, or is another file's by now."""
+        """Return the descriptor; OSError if it is closed or another file's."""
         if _key(os.fstat(self._fd)) != self._key:
             raise _os_error(errno.EBADF, self.path)
         return self._fd
 
     def is_open(self) -> bool:
-        """Return True while the descriptor is this file's."""
         try:
             return self.number() >= 0
         except OSError as error:
@@ -3044,20 +3004,16 @@ class Segment:
     def seal(self) -> None:
         """Close the file, or delete an empty one: anybody may ingest it."""
         self._mend()
-        if self.size:
-            self.close()
-        else:
-            self.discard()
+        (self.close if self.size else self.discard)()
 
     def close(self) -> None:
-        """Close the file as it is, and release its lock."""
+        """Close the file as it is, for good."""
         self.closed = True  # an interrupt may come before it is
         with suppress(OSError):
             unlock(self.number())
         self.forget()
 
     def discard(self) -> None:
-        """Delete the file."""
         with suppress(OSError):
             if self.is_in_place():
                 os.unlink(self.path)
@@ -3085,7 +3041,7 @@ def calls_in(data: bytes) -> dict[str, dict[str, Any]]:
 
 
 def lines_of(calls: Mapping[str, dict[str, Any]], moment: str, *, over: bool) -> bytes:
-    """Return lines of calls at a moment: over, or running with `seq` 0."""
+    """Return lines of calls: over at a moment, or running, with `seq` 0."""
     lines: list[bytes] = []
     now = datetime.datetime.strptime(moment, LINE_TIME)
     for call, event in sorted(calls.items()):
@@ -3106,12 +3062,9 @@ def lines_of(calls: Mapping[str, dict[str, Any]], moment: str, *, over: bool) ->
 class Claim:
     """A segment without a writer; the ingest lock keeps others away."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, fd: int) -> None:
         self.path, self.id, self._stem = path, segment_id_of(path), path.removesuffix(SEGMENT_SUFFIX)
-
-    def inspect(self, fd: int) -> None:
-        """Count the lines and move a torn tail into `.torn`."""
-        data = read_file(self.path)
+        data = read_file(path)
         self.lines, self.size = data.count(b"\n"), data.rfind(b"\n") + 1
         self.torn = len(data) - self.size
         if self.torn:
@@ -3123,11 +3076,11 @@ class Claim:
 
     def reject(self, faults: Iterable[tuple[int, str, bytes]]) -> None:
         """Keep lines that can't be ingested in `.rejected`, to be repaired."""
-        lines = [
-            json.dumps({"line": number, "reason": reason, "text": line.decode("utf-8", "surrogateescape")})
-            for number, reason, line in faults
-        ]
-        replace_file(self._stem + ".rejected", "".join(f"{line}\n" for line in lines).encode())
+        data = ""
+        for number, reason, line in faults:
+            text = line.decode("utf-8", "surrogateescape")
+            data += json.dumps({"line": number, "reason": reason, "text": text}) + "\n"
+        replace_file(self._stem + ".rejected", data.encode())
 
 
 def combine(paths: Iterable[str], directory: str) -> list[str]:
@@ -3145,7 +3098,7 @@ def combine(paths: Iterable[str], directory: str) -> list[str]:
 
 
 def named_lines(segment: str, lines: bytes) -> bytes:
-    """Return lines of a segment, each with the segment as first member."""
+    """Return lines with their segment as first member."""
     return (b"\n" + lines).replace(b"\n{", b'\n{"segment":"%b",' % segment.encode())[1:]
 
 
@@ -3163,14 +3116,9 @@ class Journal:
     """The directory of segments; the first segment makes it."""
 
     def __init__(
-        self,
-        directory: str | os.PathLike[str],
-        *,
-        group: bool = False,
-        clock: Callable[[], int] = wall_clock_ns,
+        self, folder: str | os.PathLike[str], *, group: bool = False, clock: Callable[[], int] = wall_clock_ns
     ) -> None:
-        self._group, self._clock = group, clock
-        self.directory = os.path.abspath(directory)
+        self.directory, self._group, self._clock = os.path.abspath(folder), group, clock
         self._lock_path = self._path("ingest.lock")
         self.wal_mark = self._path("journal.wal")  # exists while the WAL holds only what we wrote
 
@@ -3178,7 +3126,6 @@ class Journal:
         return os.path.join(self.directory, name)
 
     def make_directory(self, *, durable: bool = False) -> None:
-        """Make the directory, or check the existing one."""
         parent = os.path.dirname(self.directory)
         try:
             os.makedirs(parent, exist_ok=True)
@@ -3202,21 +3149,18 @@ class Journal:
             return
         if self._group and found.st_gid in (os.getegid(), *os.getgroups()) and is_for_group(self.directory):
             return
-        # Root works for the owner of the whole place, not for who put a directory there.
+        # Root works for the owner of the place, not for who put a directory there.
         if os.geteuid() or found.st_uid != os.stat(os.path.dirname(self.directory)).st_uid:
             text = f"belongs to user {found.st_uid}, who could change what is recorded; work as that user"
             raise JournalError(f"{text}, make it your own, or set `journal`", path=self.directory)
 
     def _files(self, suffix: str) -> list[str]:
-        """Return the files of a kind, oldest first."""
+        """Return files, oldest first."""
         try:
             with os.scandir(self.directory) as entries:
-                return sorted(
-                    entry.path
-                    for entry in entries
-                    if entry.name.endswith(suffix) and is_segment_id(entry.name.removesuffix(suffix))
-                    if entry.is_file(follow_symlinks=False)
-                )
+                files = [entry for entry in entries if entry.name.endswith(suffix)]
+                files = [entry for entry in files if is_segment_id(entry.name.removesuffix(suffix))]
+                return sorted(entry.path for entry in files if entry.is_file(follow_symlinks=False))
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -3226,7 +3170,7 @@ class Journal:
         return self._files(SEGMENT_SUFFIX)
 
     def identity(self) -> str:
-        """Return this journal's name in the ledger; hold the ingest lock."""
+        """Return the name in the ledger; hold the ingest lock."""
         path = self._path("journal.id")
         with suppress(FileNotFoundError):
             known = read_file(path).decode("utf-8", "replace").strip()
@@ -3247,13 +3191,9 @@ class Journal:
         if place == self.directory and os.path.isfile(other) and _key_at(other) != _key_at(target):
             text = f"holds the events of {other}; {target} needs one of its own: set `journal`"
             raise JournalError(text, path=self.directory)
-        with suppress(OSError):
-            original = os.path.join(place, "journal.id")  # a link or a second mount is no copy
-            if (
-                place
-                and not os.path.samefile(place, self.directory)
-                and read_file(original) == read_file(ours)
-            ):
+        with suppress(OSError):  # a link or a second mount is no copy
+            is_elsewhere = place and not os.path.samefile(place, self.directory)
+            if is_elsewhere and read_file(os.path.join(place, "journal.id")) == read_file(ours):
                 os.unlink(ours)
         replace_file(path, json.dumps(mine).encode())
 
@@ -3263,7 +3203,7 @@ class Journal:
             os.utime(self._lock_path)
 
     def is_ingest_waiting(self) -> bool:
-        """Return True if an ingest that asked for its turn lately goes on."""
+        """Return True during an ingest that asked for its turn."""
         with suppress(OSError, JournalError):
             if 0 <= self._clock() - os.lstat(self._lock_path).st_mtime_ns < _TURN_SECONDS * 1e9:
                 with self.ingest_lock(shared=True) as is_free:
@@ -3272,7 +3212,7 @@ class Journal:
 
     @contextlib.contextmanager
     def ingest_lock(self, *, shared: bool = False) -> Iterator[bool]:
-        """Hold the lock of an ingest, or with `shared` keep ingests out."""
+        """Hold the ingest lock, or with `shared` keep ingests out."""
         with contextlib.ExitStack() as stack:
             try:
                 if shared:
@@ -3296,7 +3236,7 @@ class Journal:
         return path
 
     def losses(self) -> dict[str, Loss]:
-        """Return the losses that wait for an ingest, by the path of their record."""
+        """Return the losses that wait for an ingest, by path."""
         losses = {}
         for path in self._files(_LOSS_SUFFIX):
             with suppress(OSError):  # gone, or not ours to read
@@ -3313,7 +3253,7 @@ class Journal:
     def open_segment(
         self, *, durable: bool = False, named: str | None = None, suffix: str = SEGMENT_SUFFIX
     ) -> Segment:
-        """Create a new segment, or a file beside the segments, and lock it."""
+        """Create and lock a segment, or a file beside the segments."""
         self.make_directory(durable=durable)
         while True:
             path = self._path((named or new_segment_id(self._clock())) + suffix)
@@ -3340,9 +3280,9 @@ class Journal:
                     yield path, sign.strftime(LINE_TIME), calls_in(file.read())
 
     def running(self) -> bytes:
-        """Return lines of the calls that run on this host."""
+        """Return lines of the calls that run here."""
         now = utc_now().strftime(LINE_TIME)
-        return b"".join(lines_of(calls, now, over=False) for _, _, calls in self.begun(live=True))
+        return b"".join([lines_of(calls, now, over=False) for *_, calls in self.begun(live=True)])
 
     def unfinished(self) -> Iterator[tuple[str, bytes]]:
         """Yield path and lines of the segment that each ended process leaves."""
@@ -3354,7 +3294,7 @@ class Journal:
             yield path.removesuffix(_BEGUN_SUFFIX) + SEGMENT_SUFFIX, lines_of(calls, last_sign, over=True)
 
     def take_unfinished(self) -> bool:
-        """Turn calls of ended processes into segments, after `claim`."""
+        """Make segments of what ended processes left, after `claim`."""
         made = False
         for path, lines in self.unfinished():
             if lines and not os.path.exists(path):  # else the last attempt ended right here
@@ -3379,8 +3319,7 @@ class Journal:
                 with trying_lock(fd) as is_free:
                     if not is_free or _key_at(path) != _key(os.fstat(fd)):
                         continue
-                    claim = Claim(path)
-                    claim.inspect(fd)
+                    claim = Claim(path, fd)
                     if claim.lines:
                         claims.append(claim)
                         limit_bytes -= claim.size
@@ -3394,7 +3333,6 @@ class Journal:
         return claims, problems
 
     def survey(self) -> dict[str, Any]:
-        """Count the files by state, for `doctor`."""
         state: dict[str, Any] = dict.fromkeys(("live", "sealed", "orphaned", "bytes"), 0)
         state |= {kind: len(self._files("." + kind)) for kind in ("torn", "rejected")}
         state["oldest_pending"] = None
@@ -3418,7 +3356,6 @@ class Journal:
         return state
 
     def waiting_bytes(self) -> int:
-        """Return the size of all segments."""
         return sum(map(_size_of, self.segments()))
 
 
@@ -3432,9 +3369,9 @@ class Journal:
 
 QUEUE_BYTES = 64 * 2**20
 SEGMENT_BYTES = 8 * 2**20
-_PIECE_BYTES = 2**20  # arbitrary: of one write
+_PIECE_BYTES = 2**20  # of one write
 _GATHER_SECONDS = 0.02  # in which `kill -9` loses events
-_RETRY_SECONDS = 0.1  # arbitrary: after a failed write
+_RETRY_SECONDS = 0.1  # after a failed write
 _REPORT_SECONDS = 60.0  # between two logs of the same fault
 
 INFO, WARNING = 20, 30  # the levels of `logging`
@@ -3476,7 +3413,7 @@ class Diagnostics:
         self.start_afresh()
 
     def start_afresh(self) -> None:
-        """Begin anew, as in a child after a fork."""
+        """Begin anew in a child after a fork, here and in each class below."""
         self.errors = self.dropped = self.rejected = self.ingested = 0
         self.last_error: str | None = None
         self.untold: list[tuple[int, str, str]] = []  # level, kind, text
@@ -3487,8 +3424,7 @@ class Diagnostics:
         """Count a warning; once a minute for each kind leave its text to `tell`."""
         text = text if error is None else f"{text}: {error}"
         if level >= WARNING:
-            self.errors += 1
-            self.last_error = text
+            self.errors, self.last_error = self.errors + 1, text
         now = time.monotonic()
         if now >= self._next.get(kind, now):
             self._next[kind] = now + _REPORT_SECONDS
@@ -3513,7 +3449,7 @@ class Diagnostics:
         self.tell()
 
 
-_BEGUN_BYTES = 2**20  # arbitrary: by which a file of begun calls grows
+_BEGUN_BYTES = 2**20  # by which a file of begun calls grows
 _SIGN_SECONDS = 1.0  # between two signs of life
 _BRIEF_SECONDS = 0.1  # a call that is over by then leaves only its line, unless it is strict
 
@@ -3527,7 +3463,6 @@ class Begun:
         self.start_afresh()
 
     def start_afresh(self) -> None:
-        """Begin anew, as in a child after a fork."""
         if self._file is not None:
             self._file.forget()
         self._file = None
@@ -3540,7 +3475,6 @@ class Begun:
         self.fresh = False  # calls came on record that nobody was told of
 
     def begin(self, call: Any) -> int:
-        """Return the number of a call that begins."""
         number = next(self._numbers)
         self._running[number] = call
         return number
@@ -3557,37 +3491,38 @@ class Begun:
 
     def write(self, done: int, *, ends: bool = False) -> None:
         """Put on record what runs and, each second or with `ends`, what the first `done` lines ended."""
-        fresh = {number: call for due, number, call in self._waiting() if due <= 0.0}
-        is_due = self.on_record and time.monotonic() >= self._signed + _SIGN_SECONDS
+        refs = {}
+        for due, number, call in self._waiting():
+            if due <= 0.0:
+                ref = self._refs.setdefault(number, (new_segment_id(wall_clock_ns()), call))
+                if number in self._running:
+                    refs[number] = ref
+                else:  # it has ended
+                    del self._refs[number]
+        fresh, is_due = bool(refs), self.on_record and time.monotonic() >= self._signed + _SIGN_SECONDS
         if not (fresh or is_due or (ends and self._over)):
             return
         over = {number for number, ticket in self._over.copy().items() if ticket <= done}
-        for number, call in fresh.items():
-            self._refs.setdefault(number, (new_segment_id(wall_clock_ns()), call))
-            if number not in self._running:  # it has ended
-                del self._refs[number]
-        refs = {number: self._refs[number] for number in fresh if number in self._refs}
         file = self._file
         if file is None or not file.is_usable() or file.size > self._size + _BEGUN_BYTES:
+            file = None
             refs |= {number: self._refs[number] for number in self.on_record - over}
-            self._replace_file(self._lines(refs))
+        lines = [self._encode(call, ref) for ref, call in refs.values()]
+        if file is None:
+            self._replace_file(lines)
         else:
-            lines = self._lines(refs)
             if ended := [self._refs[number][0] for number in over & self.on_record]:
                 lines.append(b'%b["%b"]}\n' % (_ENDED, '","'.join(ended).encode()))
             if not lines:
                 os.utime(file.path)  # a sign of life
             file.append(b"".join(lines), len(lines), durable=self._durable)
         self.on_record.update(refs)
-        self.fresh = bool(fresh)
+        self.fresh = fresh
         for number in over:
             del self._over[number]
             self._refs.pop(number, None)
-            self.on_record.discard(number)
+        self.on_record -= over
         self._signed = time.monotonic()
-
-    def _lines(self, refs: Mapping[int, tuple[str, Any]]) -> list[bytes]:
-        return [self._encode(call, ref) for ref, call in refs.values()]
 
     def _replace_file(self, lines: list[bytes]) -> None:
         old, file = self._file, self._journal.open_segment(suffix=_BEGUN_SUFFIX + ".part")
@@ -3641,7 +3576,6 @@ class Appender:
         self.start_afresh()
 
     def start_afresh(self) -> None:
-        """Begin anew, as in a child after a fork."""
         self.begun.start_afresh()
         if self._segment is not None:
             self._segment.forget()
@@ -3664,9 +3598,7 @@ class Appender:
 
     def append(self, piece: list[bytes]) -> None:
         """Write lines; after an error, `done` says which were written."""
-        segment = self.present()
-        if segment is None:
-            segment = self._segment = self._open()
+        segment = self._segment = self.present() or self._open()
         before = segment.events
         lines = b"".join([finish_line(line, seq) for seq, line in enumerate(piece, before + 1)])
         try:
@@ -3756,14 +3688,13 @@ class Appender:
 
     def lose(self, events: int, kind: str, reason: str, *, error: BaseException | None = None) -> None:
         """Count lost events, in any thread, for the next `seal`."""
-        now = sql_time(utc_now())
+        first = now = sql_time(utc_now())
         with self._losing:
             self.diagnostics.dropped += events
-            loss = Loss(events, now, now, reason)
             if self._lost and self._lost[-1].reason == reason:
-                last = self._lost.pop()
-                loss = last._replace(events=last.events + events, last=now)
-            self._lost.append(loss)
+                before, first, *_ = self._lost.pop()
+                events += before
+            self._lost.append(Loss(events, first, now, reason))
         self.diagnostics.note(kind, f"events are lost: {reason}", error=error)
 
     def left(self) -> bool:
@@ -3780,7 +3711,7 @@ class Appender:
 _CPU_SHARE = 0.01  # of one core
 _LONGEST_PAUSE_SECONDS = 60.0
 _LOCKED_PAUSE_SECONDS = 5.0  # after an ingest that waited in vain for the database
-_CHILD_WAIT_SECONDS = 30.0  # for the database: another child costs more
+_CHILD_WAIT_SECONDS = 30.0  # for the database
 _POLL_SECONDS = 0.1
 _BUSY_PAUSE_SECONDS = 1.0  # until the ingest lock is tried again
 _ANSWER_BYTES = 2**16
@@ -3807,7 +3738,6 @@ class Ingester:
         self.start_afresh()
 
     def start_afresh(self) -> None:
-        """Begin anew, as in a child after a fork."""
         if self._child is not None:
             self._child.returncode = 0  # so that nothing waits for it here, or warns
             self._child.stdout.close()
@@ -3856,7 +3786,6 @@ class Ingester:
             with appender.journal.ingest_lock() as is_free:
                 pass
             if is_free and (appender.sealed or appender.seal()):
-                self._taken = list(appender.sealed)
                 self._start()
                 return
             if not is_free:  # perhaps for long
@@ -3868,6 +3797,7 @@ class Ingester:
     def _start(self) -> None:
         import subprocess
 
+        self._taken = list(self._appender.sealed)
         module: Any = subprocess
         if "gevent.monkey" in sys.modules:
             module = _fresh_copy("subprocess")
@@ -3880,14 +3810,10 @@ class Ingester:
             "wait": _CHILD_WAIT_SECONDS,
         }
         self._said, self._started = b"", time.monotonic()
-        self._child = child = module.Popen(
-            [sys.executable, "-I", "-S", "-X", "utf8", "-c", _CHILD, "ingest"],
-            bufsize=0,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl+C is for the server
-        )
+        command = [sys.executable, "-I", "-S", "-X", "utf8", "-c", _CHILD, "ingest"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        # In a session of its own, as Ctrl+C is for the server.
+        self._child = child = module.Popen(command, bufsize=0, start_new_session=True, **pipes)
         with suppress(OSError), child.stdin as pipe:  # it may have ended already
             if os.name == "posix":
                 os.set_blocking(child.stdout.fileno(), False)
@@ -3897,10 +3823,8 @@ class Ingester:
         """Return the child's answer, or None while it runs."""
         child = self._child
         code = child.poll()
-        if code is None and os.name != "posix":
-            return None
         with suppress(OSError):  # somebody closed the pipe
-            while data := child.stdout.read(_ANSWER_BYTES):
+            while (code is not None or os.name == "posix") and (data := child.stdout.read(_ANSWER_BYTES)):
                 self._said = (self._said + data)[-_ANSWER_BYTES:]
         if code is None:
             return None
@@ -3939,7 +3863,8 @@ class Ingester:
 
     def _due_settings(self) -> dict[str, object]:
         """Return the settings, `retention` among them once a day."""
-        return {**self._settings, **({} if time.monotonic() >= self._next_daily else {"retention": None})}
+        is_due = time.monotonic() >= self._next_daily
+        return {**self._settings, "retention": self._settings["retention"] if is_due else None}
 
     def _tell_head(self) -> None:
         if self._head:
@@ -3952,11 +3877,11 @@ class Ingester:
         if self._child is not None:
             self._answered(self._await_child((time.monotonic() + deadline) / 2))
         while appender.left():
-            self._taken = list(appender.sealed)
             if is_attach_target(str(self._settings["path"])) and not no_python():
                 self._start()  # waiting for a server can't be interrupted
                 answer = self._await_child(deadline)
             else:
+                self._taken = list(appender.sealed)
                 answer = ingest(self._due_settings(), wait=max(0.0, deadline - time.monotonic()))
             self._answered(answer)
             why = answer.get("fault") or "another process is ingesting"
@@ -3979,16 +3904,11 @@ class Ingester:
 
     def end_child(self) -> None:
         """Kill the child; the next ingest repeats what it was doing."""
-        child = self._child
-        if child is None:
-            return
-        with suppress(OSError):
-            if os.name == "posix":
-                os.killpg(child.pid, 9)  # SIGKILL: a transaction that is killed never happened
-            else:
-                child.kill()
-        child.wait()
-        self._close(child)
+        if (child := self._child) is not None:
+            with suppress(OSError):  # a transaction that is killed never happened
+                os.killpg(child.pid, 9) if os.name == "posix" else child.kill()
+            child.wait()
+            self._close(child)
 
     def _close(self, child: Any) -> None:
         self._child = None
