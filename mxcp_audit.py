@@ -192,9 +192,7 @@ _YAML_WORDS: Mapping[str, object] = {
     **dict.fromkeys(("no", "false", "off"), False),
     **{".inf": inf, "+.inf": inf, "-.inf": -inf, ".nan": nan},
 }
-_INTEGER = re.compile(
-    r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*(?::[0-5]?[0-9])*)"  # 1:10 is 70
-)
+_INTEGER = re.compile(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*(?::[0-5]?[0-9])*)")
 _FLOAT = re.compile(
     r"[-+]?[0-9][0-9_]*(?:(?::[0-5]?[0-9])+\.[0-9_]*|\.[0-9_]*(?:[eE][-+][0-9]+)?)"
     r"|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?"
@@ -582,10 +580,8 @@ def is_attach_target(path: str) -> bool:
 
 
 # What is no secret in a connection string and in `attach`.
-_PUBLIC_KEYS = re.compile(
-    "dbname|host|hostaddr|port|user|service|sslmode|application_name|connect_timeout", re.IGNORECASE
-)
-_PUBLIC_OPTIONS = re.compile("type|data_path|schema|metadata_schema|metadata_catalog|secret", re.IGNORECASE)
+_PUBLIC_KEYS = re.compile("(?i)dbname|host(addr)?|port|user|service|sslmode|application_name|connect_timeout")
+_PUBLIC_OPTIONS = re.compile("(?i)type|data_path|(metadata_)?schema|metadata_catalog|secret")
 _PREFIXES = re.compile(r"(?:[A-Za-z0-9_]{2,}:(?!//))*")  # such as "ducklake:postgres:"
 _PAIR = re.compile(r"(\w+)\s*=\s*('(?:[^'\\]|\\.)*'|(?:[^\s\\]|\\.)*)")
 _PIECE = re.compile(r"[^\s=:/@?&;,'\"]{3,}")
@@ -2561,16 +2557,13 @@ class Encoder:
         self._second = (-1, "")  # threads never see half of a tuple
         self._cache: dict[tuple[object, ...], Any] = {}  # frames and parties
 
-    def input_json(
-        self, input_params: object, name: object, endpoint_def: object, echoes: list[str] | None
-    ) -> str:
+    def input_json(self, given: object, name: object, endpoint_def: object, echoes: list[str] | None) -> str:
         """Return the redacted input as a JSON text in JSON, or `null`."""
-        if input_params is None:
+        if given is None:
             return "null"
         tool, limit = name if type(name) is str else None, self._max_input_bytes
-        text = self._redactor.redact_json(
-            input_params, tool=tool, endpoint_def=endpoint_def, echoes=echoes, limit=limit
-        )
+        redact = self._redactor.redact_json
+        text = redact(given, tool=tool, endpoint_def=endpoint_def, echoes=echoes, limit=limit)
         return encode_text(self._clipped(text) if len(text) * 4 > limit or "\\u0000" in text else text)
 
     def line(
@@ -3251,7 +3244,7 @@ class Journal:
         return losses
 
     def open_segment(
-        self, *, durable: bool = False, named: str | None = None, suffix: str = SEGMENT_SUFFIX
+        self, durable: bool = False, *, named: str = "", suffix: str = SEGMENT_SUFFIX
     ) -> Segment:
         """Create and lock a segment, or a file beside the segments."""
         self.make_directory(durable=durable)
@@ -3303,9 +3296,7 @@ class Journal:
             os.unlink(path.removesuffix(SEGMENT_SUFFIX) + _BEGUN_SUFFIX)
         return made
 
-    def claim(
-        self, *, limit_bytes: int, skip: Collection[str] = ()
-    ) -> tuple[list[Claim], list[JournalError]]:
+    def claim(self, limit_bytes: int, skip: Collection[str] = ()) -> tuple[list[Claim], list[JournalError]]:
         """Return segments without a writer, about `limit_bytes`; hold the ingest lock."""
         claims: list[Claim] = []
         problems: list[JournalError] = []
@@ -3418,7 +3409,6 @@ class Diagnostics:
         self.last_error: str | None = None
         self.untold: list[tuple[int, str, str]] = []  # level, kind, text
         self._next: dict[str, float] = {}  # when a kind may be told again
-        self._telling = threading.local()
 
     def note(self, kind: str, text: str, *, error: BaseException | None = None, level: int = WARNING) -> None:
         """Count a warning; once a minute for each kind leave its text to `tell`."""
@@ -3431,18 +3421,13 @@ class Diagnostics:
             self.untold.append((level, kind, text))
 
     def tell(self) -> None:
-        """Log what was noted. Hold no lock: handlers have one, and log events."""
-        if not self.untold or self._log is None or hasattr(self._telling, "on"):
-            return
-        self._telling.on = True
-        try:
-            with suppress(Exception):  # there is nobody to tell of a broken handler
+        """Log what was noted. Hold no lock: handlers have locks, and log events."""
+        if self.untold and self._log is not None:
+            with suppress(Exception):  # of a broken handler
                 self._log.disabled = False  # dictConfig disables what it doesn't name
-                while self.untold:
+                while self.untold:  # handlers may tell, too
                     level, _, text = self.untold.pop(0)
                     self._log.log(level, "mxcp_audit: %s", text)
-        finally:
-            del self._telling.on
 
     def report(self, kind: str, text: str, *, error: BaseException | None = None) -> None:
         self.note(kind, text, error=error)
@@ -3471,6 +3456,7 @@ class Begun:
         self._refs: dict[int, tuple[str, Any]] = {}  # of calls on record, or nearly: name in lines, call
         self.on_record: set[int] = set()
         self._over: dict[int, int] = {}  # by number, the ticket of its line
+        self.ended = self._over.__setitem__  # for calls that `end` named
         self._size, self._signed = 0, 0.0  # of the file when it was begun; the last sign of life
         self.fresh = False  # calls came on record that nobody was told of
 
@@ -3480,17 +3466,12 @@ class Begun:
         return number
 
     def end(self, number: int) -> str | None:
-        """Return how the line of a call must name it; None if its begin is not on record."""
-        self._running.pop(number, None)
-        ref = self._refs.get(number)  # after that: the writer sets this first, and then looks who still runs
-        return None if ref is None else ref[0]
-
-    def ended(self, number: int, ticket: int) -> None:
-        """Take the ticket of the line of a call that `end` gave a name for."""
-        self._over[number] = ticket
+        """Return how its line must name a call; None if its begin is not on record."""
+        self._running.pop(number, None)  # before that: the writer sets `_refs` before it looks who runs
+        return self._refs.get(number, (None,))[0]
 
     def write(self, done: int, *, ends: bool = False) -> None:
-        """Put on record what runs and, each second or with `ends`, what the first `done` lines ended."""
+        """Put on record what runs and, each second or with `ends`, what `done` lines ended."""
         refs = {}
         for due, number, call in self._waiting():
             if due <= 0.0:
@@ -3537,23 +3518,22 @@ class Begun:
             file.discard()
             raise
         self._file, self._size = file, file.size
-        if old is not None:
+        if old:
             old.close()
 
     def _waiting(self) -> Iterator[tuple[float, int, Any]]:
-        """Yield the calls to put on record: in how many seconds, number, call."""
+        """Yield due seconds, number and call of calls to put on record."""
         brief = time.perf_counter() - _BRIEF_SECONDS
         for number, call in self._running.copy().items():
             if number not in self.on_record:
                 yield 0.0 if call.strict else call.started - brief, number, call
 
     def due_in(self) -> float:
-        """Return the seconds until `write` has something to do."""
         sign = self._signed + _SIGN_SECONDS - time.monotonic() if self.on_record else inf
         return max(0.0, min([sign, *(due for due, _, _ in self._waiting())]))
 
     def close(self) -> None:
-        """Remove the file, unless a call is on record: an ingest takes it when the process has ended."""
+        """Remove the file, unless a call is on record, which an ingest takes."""
         if self._file is not None and not self._refs:
             self._file.discard()
             self._file = None
@@ -3589,12 +3569,12 @@ class Appender:
     @property
     def done(self) -> int:
         """Lines that are in the journal, or can be in none."""
-        before, segment = self._before, self._segment
-        return before if segment is None else before + segment.events
+        segment = self._segment
+        return self._before + (segment.events if segment else 0)
 
     def waiting_since(self) -> float:
         """Return the time of the first event or loss not sealed, or `inf`."""
-        return self._segment.opened if self._segment is not None else 0.0 if self._lost else inf
+        return self._segment.opened if self._segment else 0.0 if self._lost else inf
 
     def append(self, piece: list[bytes]) -> None:
         """Write lines; after an error, `done` says which were written."""
@@ -3641,17 +3621,17 @@ class Appender:
 
     def _write_again(self, segment: Segment) -> None:
         """Write a segment again that was moved; empty the old one."""
+        events = segment.events
         try:
             held = os.pread(segment.number(), segment.size, 0)
         except OSError as error:  # a stale network handle
             self._before, self._segment = self.done, None
-            reason = "their segment was taken away and can't be read"
-            self.lose(segment.events, "moved", reason, error=error)
+            self.lose(events, "moved", "their segment was taken away and can't be read", error=error)
         else:
             self.diagnostics.note("moved", f"{segment.path} was deleted or replaced; it is written again")
             fresh = self._open()
             try:
-                fresh.append(held, segment.events, durable=self.durable)
+                fresh.append(held, events, durable=self.durable)
             except BaseException:
                 fresh.discard()
                 raise
@@ -3661,7 +3641,7 @@ class Appender:
         segment.close()
 
     def seal(self) -> bool:
-        """Seal the segment and record losses; False if to be tried again."""
+        """Seal and record all; False if it must be tried again."""
         try:
             segment = self.present()
             self.begun.write(self.done, ends=True)
@@ -3673,7 +3653,6 @@ class Appender:
             return False
 
     def record_losses(self) -> bool:
-        """Put losses on record; False if it must be tried again."""
         while self._lost:
             with self._losing:
                 loss = self._lost.pop(0)
@@ -3687,7 +3666,7 @@ class Appender:
         return True
 
     def lose(self, events: int, kind: str, reason: str, *, error: BaseException | None = None) -> None:
-        """Count lost events, in any thread, for the next `seal`."""
+        """Count lost events, in any thread, for `record_losses`."""
         first = now = sql_time(utc_now())
         with self._losing:
             self.diagnostics.dropped += events
@@ -3700,11 +3679,10 @@ class Appender:
     def left(self) -> bool:
         """Return True if something sealed waits for an ingest."""
         gone = [path for path in self.sealed if not os.path.exists(path)]  # most were ingested
-        events = sum([self.sealed.pop(path) for path in gone])
+        events, place = sum([self.sealed.pop(path) for path in gone]), self.journal.directory
         with suppress(OSError):
-            if events and _key_at(self.journal.directory) != self._place:
-                text = f"{counted(events, 'event')} went away with {self.journal.directory}; put them back"
-                self.lose(events, "away", text)
+            if events and _key_at(place) != self._place:
+                self.lose(events, "away", f"{counted(events, 'event')} went away with {place}; put them back")
         return bool(self.sealed)
 
 
@@ -3764,7 +3742,7 @@ class Ingester:
         return max(0.0, max(due, self._busy_until) - time.monotonic())
 
     def step(self) -> float:
-        """Look after the child, or start one if due; return the seconds to the next."""
+        """Look after the child, or start one if due; return `due_in`."""
         if self._child is not None:
             self._appender.left()
             if (answer := self._look()) is not None:
@@ -3774,7 +3752,6 @@ class Ingester:
         return self.due_in()
 
     def _begin(self) -> None:
-        """Seal and start a child, unless another process ingests."""
         appender, self._covers = self._appender, self.wanted
         if not (appender.sealed or appender.waiting_since() < inf or self._due_settings()["retention"]):
             self.tried = self.wanted
@@ -3803,12 +3780,9 @@ class Ingester:
             module = _fresh_copy("subprocess")
             module.threading = native_threads()
         folders = [os.path.abspath(folder) for folder in sys.path if folder and isinstance(folder, str)]
-        work = {
-            "settings": self._due_settings(),
-            "python": (folders, sys.pycache_prefix, sys.dont_write_bytecode),
-            "file": os.path.abspath(__file__),
-            "wait": _CHILD_WAIT_SECONDS,
-        }
+        python = folders, sys.pycache_prefix, sys.dont_write_bytecode
+        work = {"settings": self._due_settings(), "python": python, "wait": _CHILD_WAIT_SECONDS}
+        work["file"] = os.path.abspath(__file__)
         self._said, self._started = b"", time.monotonic()
         command = [sys.executable, "-I", "-S", "-X", "utf8", "-c", _CHILD, "ingest"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -3895,12 +3869,11 @@ class Ingester:
         self._tell_head()
 
     def _await_child(self, deadline: float) -> Mapping[str, Any]:
-        while time.monotonic() < deadline:
-            if (answer := self._look()) is not None:
-                return answer
+        while (answer := self._look()) is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        self.end_child()
-        return {"fault": "an ingest took too long"}
+        if answer is None:
+            self.end_child()
+        return answer or {"fault": "an ingest took too long"}
 
     def end_child(self) -> None:
         """Kill the child; the next ingest repeats what it was doing."""
@@ -3939,7 +3912,6 @@ class Writer:
         self.start_afresh()
 
     def start_afresh(self) -> None:
-        """Begin anew, as in a child after a fork: what is queued is the parent's."""
         self._appender.start_afresh()
         self._ingester.start_afresh()
         self._threads = threads = native_threads()
@@ -3948,7 +3920,7 @@ class Writer:
         self._writing = threads.RLock()  # of the appender
         self._wake = threads.Lock()
         self._wake.acquire()
-        self._queue: list[bytes] = []
+        self._queue: list[bytes] = []  # in a child the parent's lines are none of ours
         self._queued_bytes = self._finished = 0  # of the queue; lines that left it
         self._due = self._look_at = self._step_at = 0.0  # the first: seconds until the ingester's next step
         self._waiting: list[tuple[Callable[[], bool], Callable[[], object]]] = []  # what for, callback
@@ -3979,24 +3951,23 @@ class Writer:
         return ticket
 
     def begin(self, call: object) -> int:
-        """Have a call put on record while it runs, and return its number."""
         number = self.begun.begin(call)
         self._rouse_if_asleep()
         return number
 
     def _rouse_if_asleep(self) -> None:
         if self._asleep:
-            try:  # noqa: SIM105 - `suppress` would need some stack itself
+            try:  # noqa: SIM105 - `suppress` needs some stack, too
                 self._rouse()
-            except RecursionError:  # the line is queued, and the next one wakes the writer
+            except RecursionError:  # the next line wakes the writer
                 pass
 
     def wait_written(self, ticket: int, timeout: float | None = None) -> bool:
-        """Return True when the line with this ticket is in the journal; see `wait_for`."""
+        """Wait until the line with this ticket is in the journal; see `wait_for`."""
         return self.wait_for(lambda: self.written >= ticket, timeout)
 
     def wait_for(self, done: Callable[[], bool], timeout: float | None = None) -> bool:
-        """Return True when the writer has done something, or is this thread; False after the timeout."""
+        """Wait for the writer, unless this is its thread; False after the timeout."""
         if self._is_writing_thread():
             return True
         self._hurry()
@@ -4005,14 +3976,14 @@ class Writer:
         return done()
 
     def call_when(self, done: Callable[[], bool], callback: Callable[[], object]) -> None:
-        """Call back, in any thread, when the writer has done something, or is closed."""
+        """Call back, in any thread, when something is done or the writer closed."""
         with self._lock:
             self._waiting.append((done, callback))
         self._hurry()
         self._call_back()
 
     def flush(self, timeout: float) -> bool:
-        """Write what was put before, and try once to ingest it; False if it could not be written."""
+        """Write all, and try once to ingest it; False if it could not be written."""
         deadline = time.monotonic() + timeout
         if not self.wait_written(self.accepted, timeout) or self._is_writing_thread():
             return not self.pending
@@ -4026,7 +3997,7 @@ class Writer:
         return True
 
     def close(self, timeout: float) -> int:
-        """Write and seal everything, end the thread; return how many lines could not be written."""
+        """Write and seal all, end the thread; return how many lines are left."""
         deadline = time.monotonic() + timeout
         with self._lock:
             self._closing = True
@@ -4062,7 +4033,7 @@ class Writer:
         return self._thread is self._threads.current_thread() or self._inline == self._threads.get_ident()
 
     def _has_room(self) -> bool:
-        """Wait for room in a full queue; False if the event is to be dropped instead."""
+        """Wait for room in the queue; False if the event is dropped instead."""
         if self._drop_when_full:
             self._appender.lose(1, "full", "the queue was full (on_full: drop)")
             self._diagnostics.tell()
@@ -4073,7 +4044,7 @@ class Writer:
         return self._wait_until(lambda: self._queued_bytes <= QUEUE_BYTES or self._closing, inf)
 
     def _wait_until(self, done: Callable[[], bool], deadline: float) -> bool:
-        """Wait for the writer, or do its work; False if the deadline came first."""
+        """Wait for the writer, or do its work; False after the deadline."""
         while not done():
             if self._asleep:  # a caller was interrupted before it woke the writer, or there is none
                 self._rouse()
@@ -4110,14 +4081,13 @@ class Writer:
                 return True
             if self._closing or not self._on_start():
                 return False
-            thread = None
             try:
                 thread = self._threads.Thread(target=self._run, name="mxcp_audit writer", daemon=True)
                 self._thread = thread
                 thread.start()
                 return True
             except BaseException as error:
-                if thread is None or thread.ident is None:
+                if self._thread is not None and self._thread.ident is None:
                     self._thread = None
                 if not isinstance(error, RuntimeError):
                     raise
@@ -4128,7 +4098,7 @@ class Writer:
         return False
 
     def _work_inline(self) -> bool:
-        """Do the writer's work here, once; False if lines are left that could not be written."""
+        """Do the writer's work here, once; False if something is left to do."""
         me = self._threads.get_ident()
         if self._inline == me:
             return True  # a signal handler or destructor within our own write
@@ -4161,7 +4131,7 @@ class Writer:
                     done = self._work()
                 self._diagnostics.tell()
                 with self._lock:
-                    if self._closing and not (done and self._queue):  # `close` tries again what is not done
+                    if self._closing and not (done and self._queue):  # `close` does the rest
                         self._retire()
                     elif not done:
                         self._progress.wait(_RETRY_SECONDS)
@@ -4178,19 +4148,18 @@ class Writer:
 
     def _retire(self) -> None:
         """Leave the next line to its caller, or to a new thread; hold the lock."""
-        self._thread = None
-        self._asleep = True
+        self._thread, self._asleep = None, True
         self._progress.notify_all()
 
     def _work(self) -> bool:
-        """Write what is queued and let the ingester work; False if something is left to do."""
+        """Write what is queued, let the ingester work; False if something is left."""
         done = self._drain()
         if self._closing:
-            sealed = self._closed or self._sealed or self._appender.seal()  # if not all is done: to make room
-            if done and sealed:
+            done &= self._closed or self._sealed or self._appender.seal()  # in any case, to make room
+            if done:
                 self._sealed = True
                 self.begun.close()
-            return done and sealed
+            return done
         now, ingester = time.monotonic(), self._ingester
         self._due = _GATHER_SECONDS
         if now >= self._step_at or ingester.wanted > ingester.tried:  # not with each strict call
@@ -4205,10 +4174,10 @@ class Writer:
         """Move the queue into the journal; False on a fault."""
         self._trim()  # what an interrupt left
         while True:
-            batch = self._queue[:]
+            batch, now = self._queue[:], time.monotonic()
             try:
-                if not batch and time.monotonic() >= self._look_at:  # nothing is written that would look
-                    self._look_at = time.monotonic() + _POLL_SECONDS
+                if not batch and now >= self._look_at:  # nothing is written that would look
+                    self._look_at = now + _POLL_SECONDS
                     self._appender.present()
                 for piece in _pieces(batch):
                     self._appender.append(piece)
@@ -4223,7 +4192,7 @@ class Writer:
                 return True
 
     def _trim(self) -> None:
-        """Take what is in the journal out of the queue, and wake those who wait for it."""
+        """Take what is written out of the queue, and wake who waits for it."""
         if self.written == self._finished and not self.begun.fresh:
             return
         with self._lock:
