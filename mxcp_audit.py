@@ -230,12 +230,12 @@ _BLOCK_HEADER = re.compile(r"([|>])([+-]?[1-9]?|[1-9][+-])(?: +#[^\n\0]*| *)(?=[
 _LEADING_LINES = re.compile(r"(?:\n *)*")
 _REFUSALS = {
     "\t": "a tab between tokens; use spaces",
-    "&": "an anchor (&name); write the value out, or quote the text",
-    "*": "an alias (*name); write the value out, or quote the text",
-    "!": "a tag (!name); remove it, or quote the text",
-    "%": "a directive (%NAME); remove it, or quote the text",
-    "?": "a complex key (?), or a question mark in [] or {}; quote the text",
-    "\0": "the text ends too early",
+    "&": "an anchor (&name); write the value out",
+    "*": "an alias (*name); write the value out",
+    "!": "a tag (!name); remove it",
+    "%": "a directive (%NAME); remove it",
+    "?": "a complex key (?), or a question mark in [] or {}; remove it",
+    "\0": "the text ends too early; complete it",
 }
 
 
@@ -249,14 +249,10 @@ class _YamlReader:
         self.path, self.pos, self.depth, self.text = path, 0, 0, ""
         self.places: dict[tuple[int, object], int] = {}  # of pairs, by id of the mapping and key
         if isinstance(text, bytes):
-            encoding = {b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}.get(text[:2], "utf-8")
-            try:
-                text = text.decode(encoding)
-            except UnicodeDecodeError as error:
-                self.text, byte = error.object[: error.start].decode(encoding), error.object[error.start]
-                problem = f"byte 0x{byte:02X} is not {encoding.upper()}; save the file as UTF-8"
-                self.fail(problem, len(self.text))
+            text = text.decode("utf-8", "surrogateescape")
         self.text = re.sub("\r\n?", "\n", text).removeprefix("\ufeff")
+        if bad := re.search(r"[\udc80-\udcff]", self.text):
+            self.fail(f"byte 0x{ord(bad[0]) - 0xDC00:X} is not UTF-8; save the file as UTF-8", bad.start())
         refused = r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
         if bad := re.search(refused, self.text):
             self.fail(f"the character U+{ord(bad[0]):04X}; escape it in double quotes", bad.start())
@@ -272,7 +268,8 @@ class _YamlReader:
         raise ConfigError(problem, **self.place(self.pos if at is None else at))
 
     def refuse(self, expected: str) -> NoReturn:
-        self.fail(_REFUSALS.get(self.char) or f"expected {expected}, found {self.char!r}; put text in quotes")
+        problem = f"expected {expected}, found {self.char!r}; check the indentation"
+        self.fail(f"{_REFUSALS.get(self.char, problem)}, or put text in quotes")
 
     @property
     def char(self) -> str:
@@ -427,10 +424,33 @@ class _YamlReader:
             column = len(gap) - gap.rfind("\n") - 1
             if column <= indent or self.text[here] == "#" or _END.match(self.text, here):
                 break
+        return self.plain(text, start)
+
+    def plain(self, text: str, at: int) -> object:
+        """Return the value that plain text has in YAML 1.1."""
+        word = text.lower()
+        if word in _YAML_WORDS and text in {word, word.title(), word.upper(), ".NaN"} - {".Nan"}:
+            return _YAML_WORDS[word]
+        if text in ("<<", "="):
+            self.fail(f"a merge key or value sign ({text}); put it in quotes", at)
+        if _DATE.fullmatch(text):
+            self.fail("a date; put it in quotes", at)
+        integer = _INTEGER.fullmatch(text)
+        if not integer and not _FLOAT.fullmatch(text):
+            return text
+        if len(text) > MAX_NUMBER_CHARS:
+            self.fail(f"a number of more than {MAX_NUMBER_CHARS} characters; put it in quotes", at)
+        digits = text.replace("_", "").lstrip("+-")
+        base = 0 if not integer else {"0b": 2, "0x": 16}.get(digits[:2], 8 if digits[0] == "0" else 10)
+        value: float = 0 if integer else 0.0
+        weight = 1
         try:
-            return _plain_value(text)
-        except ValueError as error:
-            raise ConfigError(str(error), **self.place(start)) from error
+            for part in reversed(digits.split(":")):  # in this order PyYAML rounds
+                value, weight = value + (int(part, base) if integer else float(part)) * weight, weight * 60
+            str(value)  # as messages show it
+        except (ValueError, OverflowError):  # 0x_, 1:0:0:….5, more digits than this Python takes
+            self.fail("a number that has no value; put it in quotes", at)
+        return -value if text[0] == "-" else value
 
     def quoted(self) -> str:
         whole, part = _QUOTED[self.char]
@@ -480,32 +500,6 @@ def _folded(blanks: str) -> str:
     """In a wrapped scalar a line break is a space, n are n - 1."""
     breaks = blanks.count("\n")
     return "\n" * (breaks - 1) or " " if breaks else blanks
-
-
-def _plain_value(text: str) -> object:
-    word = text.lower()
-    if word in _YAML_WORDS and text in {word, word.title(), word.upper(), ".NaN"} - {".Nan"}:
-        return _YAML_WORDS[word]
-    if text in ("<<", "="):
-        raise ValueError(f"a merge key or value sign ({text}); put it in quotes")
-    if _DATE.fullmatch(text):
-        raise ValueError("a date; put it in quotes")
-    integer = _INTEGER.fullmatch(text)
-    if not integer and not _FLOAT.fullmatch(text):
-        return text
-    if len(text) > MAX_NUMBER_CHARS:
-        raise ValueError(f"a number of more than {MAX_NUMBER_CHARS} characters; put it in quotes")
-    digits = text.replace("_", "").lstrip("+-")
-    base = 0 if not integer else {"0b": 2, "0x": 16}.get(digits[:2], 8 if digits[0] == "0" else 10)
-    value: float = 0 if integer else 0.0
-    weight = 1
-    try:
-        for part in reversed(digits.split(":")):  # in this order PyYAML rounds
-            value, weight = value + (int(part, base) if integer else float(part)) * weight, weight * 60
-        str(value)  # as messages show it
-    except (ValueError, OverflowError) as error:  # 0x_, 1:0:0:….5, more digits than this Python takes
-        raise ValueError("a number that has no value; put it in quotes") from error
-    return -value if text[0] == "-" else value
 
 
 # --- settings
