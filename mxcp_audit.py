@@ -564,7 +564,7 @@ def parse_duration(text: str) -> float:
     seconds = sum((int(number) * _UNITS_S[unit] for number, unit in parts), 0.0)
     if not 0 < seconds <= MAX_DURATION_S:
         problem = f'{text!r:.60} is no duration such as "10m" or "1h30m"; write whole numbers with a unit'
-        raise ValueError(f"{problem} (ms, s, m, h, d, w), more than 0 and at most 100 years")
+        raise ValueError(f"{problem} (ms, s, m, h, d, w), up to 100 years")
     return seconds
 
 
@@ -634,8 +634,8 @@ def _path(value: object) -> str:
 def _database(value: object) -> str:
     path = _path(value)
     if path.lower().endswith(".jsonl"):
-        text = "a .jsonl file is the log of newer MXCP versions; name a .duckdb file here"
-        raise ValueError(f"{text} and take the log in with `mxcp-audit import FILE`")
+        text = "a .jsonl file is a newer MXCP's log; name a .duckdb file"
+        raise ValueError(f"{text}, and take the log in with `mxcp-audit import FILE`")
     if path == ":memory:":
         raise ValueError("a database in memory would be lost; name a file")
     return path
@@ -832,8 +832,8 @@ def load_config(
         raise ConfigError(f"the working directory is gone ({error.strerror})") from error
     site_file = find_site_file(start) if config is None else os.path.join(start, config)
     if site_file is None:
-        text = f"there is no {SITE_FILE} here or above; name one with --config or config=, do without by --db"
-        text += " or AuditLogger(path), or create one: profiles: {default: {audit: {enabled: true}}}"
+        text = f"there is no {SITE_FILE} here or above; name one with --config or config=, use --db or"
+        text += " AuditLogger(path), or create one: profiles: {default: {audit: {enabled: true}}}"
         raise ConfigError(text, path=start)
     site = _SiteFile(site_file)
     name, chosen_by = site.profile(profile, os.environ if environ is None else environ)
@@ -3138,8 +3138,8 @@ class Journal:
             return
         # Root works for the owner of the place, not for who put a directory there.
         if os.geteuid() or found.st_uid != os.stat(os.path.dirname(self.directory)).st_uid:
-            text = f"belongs to user {found.st_uid}, who could change what is recorded; work as that user"
-            raise JournalError(f"{text}, make it your own, or set `journal`", path=self.directory)
+            text = f"belongs to user {found.st_uid}; work as that user, make it yours, or set `journal`"
+            raise JournalError(text, path=self.directory)
 
     def _files(self, suffix: str) -> list[str]:
         """Return files, oldest first."""
@@ -3643,7 +3643,7 @@ class Appender:
                 self._let_go(segment)
             return self.record_losses()
         except (OSError, JournalError) as error:
-            self.diagnostics.note("seal", "a segment could not be sealed; it is tried again", error=error)
+            self.diagnostics.note("seal", "a segment could not be sealed yet", error=error)
             return False
 
     def record_losses(self) -> bool:
@@ -4168,16 +4168,17 @@ class Writer:
         """Move the queue into the journal; False on a fault."""
         self._trim()  # what an interrupt left
         while True:
-            batch, now = self._queue[:], time.monotonic()
+            sizes, now = itertools.accumulate(map(len, self._queue)), time.monotonic()
+            piece = self._queue[: 1 + sum(1 for _ in itertools.takewhile(_PIECE_BYTES.__gt__, sizes))]
             try:
-                if not batch and now >= self._look_at:  # nothing is written that would look
+                if piece:
+                    self._appender.append(piece)
+                elif now >= self._look_at:  # nothing is written that would look
                     self._look_at = now + _POLL_SECONDS
                     self._appender.present()
-                for piece in _pieces(batch):
-                    self._appender.append(piece)
                 self.begun.write(self.written)
             except (OSError, JournalError, MemoryError, RuntimeError) as error:
-                text = "the journal can't be written; events wait in memory and it is tried again"
+                text = "the journal can't be written; events wait in memory"
                 self._diagnostics.note("journal", text, error=error)
                 return False
             finally:
@@ -4209,17 +4210,6 @@ class Writer:
         for _, callback in due:
             with suppress(RuntimeError):  # its event loop is closed
                 callback()
-
-
-def _pieces(batch: list[bytes]) -> Iterator[list[bytes]]:
-    start = size = 0
-    for end, line in enumerate(batch, 1):
-        size += len(line)
-        if size >= _PIECE_BYTES:
-            yield batch[start:end]
-            start, size = end, 0
-    if start < len(batch):
-        yield batch[start:]
 
 
 # === Calls ===
