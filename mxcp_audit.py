@@ -784,7 +784,7 @@ class _SiteFile(_YamlReader):
             self.source("profile"): self.root.get("profile"),
             "default": "default",
         }
-        source, name = next((source, name) for source, name in chosen.items() if name is not None)
+        source, name = next(choice for choice in chosen.items() if choice[1] is not None)
         profiles = self.section("profiles")
         if not isinstance(name, str) or not name:
             problem = f"must be the name of a profile, not {_described(name)}; put text in quotes"
@@ -827,7 +827,7 @@ def load_config(
         ConfigError: no site file, an unreadable one, an unknown profile, or a wrong setting; with its place.
     """
     try:
-        start = os.path.abspath(cwd if cwd is not None else os.getcwd())
+        start = os.path.abspath(cwd or "")
     except OSError as error:
         raise ConfigError(f"the working directory is gone ({error.strerror})") from error
     site_file = find_site_file(start) if config is None else os.path.join(start, config)
@@ -2469,7 +2469,7 @@ class Redactor:
 # depends on: Events, Redaction
 #
 # Event → line (docs/journal-format.md), line → event. Only the writer knows `seq`, which comes last. Lone
-# surrogates, invalid UTF-8, NUL and integers past INTEGER don't pass: DuckDB would reject the whole file.
+# surrogates, invalid UTF-8, NUL and integers past INTEGER don't pass: DuckDB would reject a file for one.
 
 # --- what is too large
 
@@ -2552,7 +2552,7 @@ class Encoder:
         self._cache: dict[tuple[object, ...], Any] = {}  # frames and parties
 
     def input_json(self, given: object, name: object, endpoint_def: object, echoes: list[str] | None) -> str:
-        """Return the redacted input as a JSON text in JSON, or `null`."""
+        """Return the redacted input as JSON in JSON, or `null`."""
         if given is None:
             return "null"
         tool, limit = name if type(name) is str else None, self._max_input_bytes
@@ -2579,7 +2579,7 @@ class Encoder:
         *,
         ago: int = 0,
     ) -> bytes:
-        """Return the line of an event `ago` ns before now, for `finish_line`; `more`: of NEW_COLUMNS.
+        """Return a line for `finish_line`, of `ago` ns before now; `more`: of NEW_COLUMNS.
 
         Values that are not allowed are recorded as given, and `reason` says so.
         """
@@ -2616,7 +2616,7 @@ class Encoder:
             return line.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
     def _frame(self, *parts: object) -> tuple[str, str, str, str]:
-        """Return what surrounds the changing parts, and what `reason` must say."""
+        """Return what surrounds the changing parts, and a flag for `reason`."""
         texts, flag = [], ""
         for argument, part in zip(_FRAME, parts):
             text = self._clean("n/a" if part is None and argument == "policy_decision" else part)
@@ -2630,7 +2630,7 @@ class Encoder:
         return frame
 
     def _more(self, more: Sequence[object]) -> tuple[str, str]:
-        """Return the members for NEW_COLUMNS, and what `reason` must say."""
+        """Return the members for NEW_COLUMNS, and a flag for `reason`."""
         parties = tuple(more[:4])  # who calls which server, the same for a session
         try:
             text = self._cache[parties]
@@ -3160,9 +3160,8 @@ class Journal:
         """Return the name in the ledger; hold the ingest lock."""
         path = self._path("journal.id")
         with suppress(FileNotFoundError):
-            known = read_file(path).decode("utf-8", "replace").strip()
-            if re.fullmatch("[0-9a-f]{1,64}", known):
-                return known
+            if known := re.fullmatch(rb"\s*([0-9a-f]{1,64})\s*", read_file(path)):
+                return known[1].decode()
         fresh = os.urandom(8).hex()
         replace_file(path, fresh.encode() + b"\n")
         return fresh
@@ -3224,17 +3223,14 @@ class Journal:
 
     def losses(self) -> dict[str, Loss]:
         """Return the losses that wait for an ingest, by path."""
-        losses = {}
+        losses, when = {}, "an unknown time"
         for path in self._files(_LOSS_SUFFIX):
-            with suppress(OSError):  # gone, or not ours to read
+            with suppress(OSError, ValueError, TypeError):  # gone, not ours to read, or damaged
                 data = read_file(path)
-                try:
-                    losses[path] = loss = Loss(**json.loads(data))
-                    if loss.events >> 62 or "\0" in "".join(loss[1:]):
-                        raise ValueError
-                except (ValueError, TypeError):
-                    when = "an unknown time"
-                    losses[path] = Loss(0, when, when, "a record of lost events was damaged")
+                losses[path] = Loss(0, when, when, "a record of lost events was damaged")
+                loss = Loss(**json.loads(data))
+                if not loss.events >> 62 and "\0" not in "".join(loss[1:]):
+                    losses[path] = loss
         return losses
 
     def open_segment(
@@ -3285,8 +3281,8 @@ class Journal:
         made = False
         for path, lines in self.unfinished():
             if lines and not os.path.exists(path):  # else the last attempt ended right here
-                replace_file(path, lines)
                 made = True
+                replace_file(path, lines)
             os.unlink(path.removesuffix(SEGMENT_SUFFIX) + _BEGUN_SUFFIX)
         return made
 
@@ -3621,17 +3617,18 @@ class Appender:
         except OSError as error:  # a stale network handle
             self._before, self._segment = self.done, None
             self.lose(events, "moved", "their segment was taken away and can't be read", error=error)
-        else:
-            self.diagnostics.note("moved", f"{segment.path} was deleted or replaced; it is written again")
-            fresh = self._open()
-            try:
-                fresh.append(held, events, durable=self.durable)
-            except BaseException:
-                fresh.discard()
-                raise
-            self._segment = fresh
-            with suppress(OSError):
-                os.ftruncate(segment.number(), 0)
+            segment.close()
+            return
+        self.diagnostics.note("moved", f"{segment.path} was deleted or replaced; it is written again")
+        fresh = self._open()
+        try:
+            fresh.append(held, events, durable=self.durable)
+        except BaseException:
+            fresh.discard()
+            raise
+        self._segment = fresh
+        with suppress(OSError):
+            os.ftruncate(segment.number(), 0)
         segment.close()
 
     def seal(self) -> bool:
@@ -3685,7 +3682,6 @@ _LONGEST_PAUSE_SECONDS = 60.0
 _LOCKED_PAUSE_SECONDS = 5.0  # after an ingest that waited in vain for the database
 _CHILD_WAIT_SECONDS = 30.0  # for the database
 _POLL_SECONDS = 0.1
-_BUSY_PAUSE_SECONDS = 1.0  # until the ingest lock is tried again
 _ANSWER_BYTES = 2**16
 # Loads this very file with the parent's module path.
 _CHILD = """
@@ -3716,7 +3712,7 @@ class Ingester:
         self._child = None
         self.stopped = not self._settings  # no further child
         self.wanted = self.tried = self._covers = 0  # attempts that `flush` asked for
-        # The next attempt: by the budget; after a failure; while another process ingests.
+        # By the budget; after a failure; while another process ingests.
         self._not_before = self._away_until = self._busy_until = self._next_daily = 0.0
         self._taken: list[str] = []
         self._head: object = None  # JSON
@@ -3798,13 +3794,11 @@ class Ingester:
             return None
         self._close(child)
         text = self._said.decode("utf-8", "replace").strip().rpartition("\n")[2]
-        try:
+        with suppress(ValueError, TypeError, KeyError):  # it is not ours
             answer = json.loads(text)
-            answer["cpu"]  # noqa: B018 - else it is not ours
-        except (ValueError, TypeError, KeyError):
-            self._diagnostics.note("child", f"an ingest ended with code {code}: {text[:500]}")
-            answer = {}
-        return {"cpu": time.monotonic() - self._started, **answer}
+            return {**answer, "cpu": answer["cpu"]}
+        self._diagnostics.note("child", f"an ingest ended with code {code}: {text[:500]}")
+        return {"cpu": time.monotonic() - self._started}
 
     def _answered(self, answer: Mapping[str, Any]) -> None:
         told, now = self._diagnostics, time.monotonic()
@@ -3822,7 +3816,7 @@ class Ingester:
                 self._next_daily = now + 3600 * (24 if answer.get("retained") else 1)
                 self._tell_head()
         if answer.get("busy"):
-            self._busy_until = now + (_POLL_SECONDS if self.wanted > self.tried else _BUSY_PAUSE_SECONDS)
+            self._busy_until = now + (_POLL_SECONDS if self.wanted > self.tried else 1.0)
             return
         self.tried = self._covers
         pause = min(max(answer.get("cpu", 0.0) / _CPU_SHARE, self._interval), _LONGEST_PAUSE_SECONDS)
