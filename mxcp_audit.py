@@ -78,9 +78,9 @@ __all__ += ["load_config", "main"]
 # === Errors ===
 # depends on: nothing
 #
-# A message says what is wrong, where, and what to do; a cause is kept (`raise … from`).
+# A message says what is wrong, where, and what to do; a cause is kept.
 
-# Ctrl+C, and what signal handlers of servers raise: passed on, once the event is queued.
+# Passed on, once the event is queued.
 INTERRUPTS = (KeyboardInterrupt, SystemExit)
 
 
@@ -184,7 +184,7 @@ def no_python() -> str | None:
 MAX_SITE_FILE_BYTES = 16 * 2**20
 MAX_DEPTH = 100  # PyYAML takes about 500
 MAX_KEY_CHARS = 1024  # PyYAML's, up to the colon
-MAX_NUMBER_CHARS = 4300  # Python's, for digits; 1:1:1:… would be quadratic
+MAX_NUMBER_CHARS = 4300  # Python's, for digits
 
 _YAML_WORDS: Mapping[str, object] = {
     **dict.fromkeys(("~", "null")),
@@ -209,13 +209,9 @@ _DASH = re.compile(r"-(?=[ \t\n\0])")
 _COLON = re.compile(r" *:(?=[ \t\n\0])")
 _LINE_GAP = re.compile(r" *\n[ \n]*")
 # By "between brackets": what begins plain text, and what ends it on its line.
-_PLAIN_START = r"[^ \t\n\0\-?:,\[\]{}#&*!|>'\"%@`]"
 _PLAIN = {
-    False: (re.compile(_PLAIN_START + r"|[-?:](?=[^ \t\n\0])"), re.compile(r"[\t\n\0]|:(?=[ \t\n\0])| #")),
-    True: (
-        re.compile(_PLAIN_START + r"|-(?=[^ \t\n\0])"),
-        re.compile(r"[\t\n\0,?\[\]{}]|:(?=[ \t\n\0,\[\]{}])| #"),
-    ),
+    False: (r"|[-?:](?=[^ \t\n\0])", re.compile(r"[\t\n\0]|:(?=[ \t\n\0])| #")),
+    True: (r"|-(?=[^ \t\n\0])", re.compile(r"[\t\n\0,?\[\]{}]|:(?=[ \t\n\0,\[\]{}])| #")),
 }
 # Quoted text, and what in it is replaced.
 _QUOTED = {
@@ -315,7 +311,7 @@ class _YamlReader:
         return value
 
     def node(self, indent: int, *, after_key: bool) -> object:
-        """The next node if deeper than `indent`, else None; a key's list may be at it."""
+        """The next node, if deeper than `indent`; a key's list may be at it."""
         same_line = "\n" not in self.take(_BLANKS) and after_key
         start, column = self.pos, self.column()
         dash = self.see(_DASH)
@@ -408,11 +404,11 @@ class _YamlReader:
         if self.char in _QUOTED:
             return self.quoted()
         beginning, ending = _PLAIN[flow]
-        if not self.see(beginning):
+        if not self.see(re.compile(r"[^ \t\n\0\-?:,\[\]{}#&*!|>'\"%@`]" + beginning)):
             self.refuse("a key or a value")
         start = here = self.pos
         text = gap = ""
-        while end := ending.search(self.text, here):  # always: the NUL ends everything
+        while end := ending.search(self.text, here):  # always, as of the NUL
             line = self.text[here : end.start()].rstrip(" ")
             if not line:
                 break
@@ -447,8 +443,8 @@ class _YamlReader:
         try:
             for part in reversed(digits.split(":")):  # in this order PyYAML rounds
                 value, weight = value + (int(part, base) if integer else float(part)) * weight, weight * 60
-            str(value)  # as messages show it
-        except (ValueError, OverflowError):  # 0x_, 1:0:0:….5, more digits than this Python takes
+            str(value)  # for messages
+        except (ValueError, OverflowError):  # 0x_, 1:0:0:….5, too many digits
             self.fail("a number that has no value; put it in quotes", at)
         return -value if text[0] == "-" else value
 
@@ -478,16 +474,16 @@ class _YamlReader:
             self.fail("only +, -, a digit and a comment may follow | or >; quote text")
         self.pos = header.end()
         digit, chomping = header[2].strip("+-"), header[2].strip("123456789")
-        # 1. The column of the text: given, or the deepest up to its first character.
+        # 1. The column of the text: given, or the deepest so far.
         column = max(indent + 1, 1)
         if digit:
             column += int(digit) - 1
         elif leading := self.see(_LEADING_LINES):
             column = max(column, *map(len, leading[0].split("\n")))
-        # 2. Its lines. The cursor stays before the line break of the first that isn't taken.
+        # 2. Its lines. The cursor stays before the next line break.
         lines = self.take(re.compile(rf"(?:\n(?: {{{column}}}[^\n\0]*| *(?=[\n\0])))*")).split("\n")[1:]
         whole = "\n".join([line[column:] for line in lines]) + "\n" * (bool(lines) and self.char == "\n")
-        # 3. Its line breaks: folded inside, cut or kept at the end.
+        # 3. Its line breaks.
         text = whole.rstrip("\n")
         breaks = whole[len(text) :]
         if header[1] == ">":
@@ -505,9 +501,9 @@ def _folded(blanks: str) -> str:
 # --- settings
 
 SITE_FILE = "mxcp-site.yml"
-MAX_DURATION_S = 100 * 365 * 86400.0  # datetime and locks can take more
+MAX_DURATION_S = 100 * 365 * 86400.0
 MIN_INPUT_BYTES = 256
-MAX_INPUT_BYTES = 64 * 2**20  # what the writer's queue holds
+MAX_INPUT_BYTES = 64 * 2**20  # of the writer's queue
 
 _UNITS_S = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
@@ -559,10 +555,9 @@ class Config(NamedTuple):
 
 def parse_duration(text: str) -> float:
     """Return the seconds of a text such as "10m" or "1h30m"."""
-    is_duration = isinstance(text, str) and re.fullmatch("(?:[0-9]{1,12}(?:ms|[smhdw]))+", text)
-    parts = re.findall("([0-9]+)([a-z]+)", text) if is_duration else ()
+    parts = re.findall("([0-9]{1,12})(ms|[smhdw])", str(text))
     seconds = sum((int(number) * _UNITS_S[unit] for number, unit in parts), 0.0)
-    if not 0 < seconds <= MAX_DURATION_S:
+    if "".join(map("".join, parts)) != text or not 0 < seconds <= MAX_DURATION_S:
         problem = f'{text!r:.60} is no duration such as "10m" or "1h30m"; write whole numbers with a unit'
         raise ValueError(f"{problem} (ms, s, m, h, d, w), up to 100 years")
     return seconds
@@ -661,7 +656,7 @@ def _names(value: object) -> tuple[str, ...] | None:
 
 
 def _networks(value: object) -> tuple[str, ...] | None:
-    import ipaddress  # lazily: few have proxies
+    import ipaddress
 
     names = _names(value)
     for name in names or ():
@@ -671,7 +666,7 @@ def _networks(value: object) -> tuple[str, ...] | None:
 
 def _options(value: object) -> dict[str, str | int | float | bool]:
     if not isinstance(value, Mapping):
-        raise ValueError("must be a mapping of options, such as {DATA_PATH: lake/}")  # it may hold a secret
+        raise ValueError("must be a mapping of options, such as {DATA_PATH: lake/}")  # may be secret
     for name, option in value.items():
         if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name if isinstance(name, str) else ""):
             raise ValueError(f"{name!r:.60}: the name of an option has letters, digits and _ only")
@@ -721,7 +716,7 @@ def check_settings(
     for name, value in settings.items():
         try:
             if name not in SETTINGS:
-                import difflib  # 5 ms that only an error needs
+                import difflib
 
                 near = difflib.get_close_matches(str(name), SETTINGS, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(SETTINGS)}"
@@ -746,7 +741,7 @@ class _SiteFile(_YamlReader):
                 data = file.read(MAX_SITE_FILE_BYTES + 1)
             if len(data) > MAX_SITE_FILE_BYTES:
                 raise ValueError(f"it has more than {MAX_SITE_FILE_BYTES} bytes")
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the path, too
+        except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(f"the site file can't be read: {reason}", path=path) from error
         super().__init__(data, path)
@@ -871,7 +866,7 @@ def find_site_file(folder: str) -> str | None:
 # === Events ===
 # depends on: Errors
 #
-# Only COLUMNS knows the columns. The first ten are the specification's; new ones go to NEW_COLUMNS.
+# Only COLUMNS knows the columns. The first ten are the specification's.
 
 
 class Column(NamedTuple):
@@ -888,7 +883,7 @@ COLUMNS = tuple(
         "context segment seq:i",
     )
 )
-# Since 0.2; where they are NULL, lines and hashes of rows are as without them.
+# Since 0.2; lines and hashes of rows leave out those that are NULL.
 NEW_COLUMNS = COLUMNS[13:-2]
 EVENT_TYPES = ("tool", "resource", "prompt")
 POLICY_DECISIONS = ("allow", "deny", "warn", "n/a")
@@ -896,7 +891,7 @@ STATUSES = ("success", "error")
 MAX_DURATION_MS = 2**31 - 1  # DuckDB refuses a whole segment for one more
 LARGEST = {"INTEGER": MAX_DURATION_MS, "BIGINT": 2**63 - 1}
 
-wall_clock_ns = time.time_ns  # recorded; intervals use the monotonic clock
+wall_clock_ns = time.time_ns
 
 
 def new_segment_id(now_ns: int) -> str:
@@ -923,7 +918,7 @@ def microseconds(moment: str) -> int:
 
 
 def iso_time(us: int | None) -> str | None:
-    """Return microseconds since the epoch as ISO 8601, if a year has them."""
+    """Return microseconds since the epoch as ISO 8601, if possible."""
     if us is None:
         return None
     try:
@@ -938,7 +933,7 @@ _ISO_8601 = re.compile(
 
 
 def parse_iso(text: object, *, local: bool = False) -> datetime.datetime:
-    """Return the moment of ISO 8601 text; by default in UTC, or `local`."""
+    """Return the moment of ISO 8601 text, by default in UTC."""
     match = _ISO_8601.fullmatch(text) if isinstance(text, str) else None
     if match is None:
         raise ValueError("is no time")
@@ -2485,7 +2480,7 @@ def clip_plain(plain: Any, max_bytes: int) -> Any:
     room = left = max_bytes - 14 - len(json.dumps(note))
     if room < 64:
         return _clip_text(note, max_bytes)
-    # 1. The last entries go, until each of the rest has room for a marker at least.
+    # 1. Last entries go, until each of the rest has room for a marker.
     is_list = isinstance(plain, list)
     pairs: Any = plain.items() if isinstance(plain, dict) else enumerate(plain)
     out: dict[Any, Any] = {}
@@ -2499,7 +2494,7 @@ def clip_plain(plain: Any, max_bytes: int) -> Any:
             break
         left -= overhead
         out[key], sizes[key] = item, item_size
-    # 2. The small ones take what they need, the large ones share the rest.
+    # 2. Small ones take what they need, large ones share the rest.
     for rank, key in enumerate(sorted(out, key=sizes.__getitem__)):
         share = min(sizes[key], left // (len(out) - rank))
         left -= share
@@ -2525,7 +2520,7 @@ def _clip_text(text: str, max_bytes: int) -> str:
 
 # --- lines
 
-_CACHE_SIZE, _CACHED_CHARS = 1024, 512  # a server has tens of names, but callers make up more
+_CACHE_SIZE, _CACHED_CHARS = 1024, 512
 _NAME_BYTES = 1024  # of a name or an id
 _TEXT_BYTES = 2**16  # of an error or a reason
 REPLACEMENT = "\ufffd"
@@ -2534,7 +2529,7 @@ _NO_MORE = (None,) * len(NEW_COLUMNS)
 _PLAIN_ID = re.compile(r"[0-9a-f-]{1,64}|[A-Za-z0-9_.@-]{1,15}")  # no secret; needs no escape
 _FRAME = ("caller", "event_type", "name", "policy_decision", "status")
 _ALLOWED = {"event_type": EVENT_TYPES, "policy_decision": POLICY_DECISIONS, "status": STATUSES}
-_ESCAPED_NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")  # behind an even number of backslashes
+_ESCAPED_NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
 
 
 class Json(str):
@@ -2589,7 +2584,7 @@ class Encoder:
             stamp = self._second = (second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)))
         try:
             head, middle, tail, flag = self._cache[caller, event_type, name, policy_decision, status]
-        except Exception:  # a new one, or whatever the __hash__ of a part raises
+        except Exception:  # new, or its __hash__ raises
             head, middle, tail, flag = self._frame(caller, event_type, name, policy_decision, status)
         if type(duration_ms) is not int or not 0 <= duration_ms <= MAX_DURATION_MS:
             duration_ms = _clamped(duration_ms)
@@ -2612,7 +2607,7 @@ class Encoder:
         )
         try:
             return line.encode()
-        except UnicodeEncodeError:  # lone surrogates; a pair of them is one character
+        except UnicodeEncodeError:  # surrogates; a pair is one character
             return line.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
     def _frame(self, *parts: object) -> tuple[str, str, str, str]:
@@ -2631,7 +2626,7 @@ class Encoder:
 
     def _more(self, more: Sequence[object]) -> tuple[str, str]:
         """Return the members for NEW_COLUMNS, and a flag for `reason`."""
-        parties = tuple(more[:4])  # who calls which server, the same for a session
+        parties = tuple(more[:4])  # the same for a session
         try:
             text = self._cache[parties]
         except Exception:  # as in `line`
@@ -2672,7 +2667,7 @@ class Encoder:
         whole = value if type(value) is str else self._redactor.redact_json(value)
         if whole is not value and whole[0] == '"':
             whole = json.loads(whole)
-        # Only twice the limit is redacted, and half of that kept: a secret that is cut is not recognized.
+        # Twice the limit is redacted, half of that kept: a secret that is cut isn't recognized.
         text = self._redactor.scrub(whole[: 2 * limit], echoes).replace("\0", REPLACEMENT)
         fits = len(whole) <= 2 * limit
         data = (text if fits else text[:-limit]).encode("utf-8", "surrogatepass")
@@ -2695,9 +2690,9 @@ def finish_line(line: bytes, seq: int) -> bytes:
 def _clamped(duration_ms: Any) -> int | None:
     try:
         return round(min(max(0.0, float(duration_ms)), MAX_DURATION_MS))  # in this order NaN becomes 0
-    except OverflowError:  # an integer that is no float
+    except OverflowError:
         return 0 if duration_ms < 0 else MAX_DURATION_MS
-    except Exception:  # whatever a __float__ raises
+    except Exception:  # of a __float__
         return None
 
 
@@ -2752,9 +2747,9 @@ _MOST_CLAIMS = 4096  # in one transaction
 _SMALL_BYTES = 2**18  # of segments that are combined
 COMBINED = "combined"
 _GONE = {errno.ENOENT, errno.ENOTDIR, getattr(errno, "ESTALE", errno.ENOENT)}
-_TURN_SECONDS = 5.0  # in which an ingest that asks goes first
+_TURN_SECONDS = 5.0  # of an ingest that asks
 _ORPHAN_SECONDS = 60.0
-_LOCK_OFFSET = 2**62  # Windows locks bytes against reading: one that never exists
+_LOCK_OFFSET = 2**62  # Windows locks bytes against reading
 
 
 def try_lock(fd: int, *, shared: bool = False) -> bool:
@@ -2771,7 +2766,7 @@ def try_lock(fd: int, *, shared: bool = False) -> bool:
 
 
 def unlock(fd: int) -> None:
-    """Release a lock, even one that a child of a foreign fork shares."""
+    """Release a lock, though a forked child may share it."""
     if sys.platform != "win32":
         with suppress(OSError):
             fcntl.flock(fd, fcntl.LOCK_UN)
@@ -2807,13 +2802,13 @@ def _os_error(code: int, path: str) -> OSError:
 
 
 def file_size_limit() -> float:
-    """Return the size beyond which a write may kill the process (SIGXFSZ)."""
-    try:
+    """Return the size beyond which SIGXFSZ may kill the process."""
+    with suppress(ImportError):  # on Windows
         import resource
-    except ImportError:  # not on Windows
-        return inf
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    return inf if limit == resource.RLIM_INFINITY else limit
+
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        return inf if limit == resource.RLIM_INFINITY else limit
+    return inf
 
 
 def sync_file(path: str, flags: int = os.O_RDWR | _NO_FOLLOW) -> None:
@@ -2842,7 +2837,7 @@ def segment_id_of(path: str) -> str:
 
 
 def give_to_owner(path: str, fd: int | None = None) -> None:
-    """Give what root made to the directory's owner, who must use it."""
+    """Give what root made to the directory's owner."""
     if getattr(os, "geteuid", lambda: -1)() == 0:
         owner = os.stat(os.path.dirname(path) or os.curdir)
         made = os.lstat(path) if fd is None else os.fstat(fd)
@@ -2855,7 +2850,7 @@ def is_for_group(directory: str) -> bool:
 
 
 def open_file(path: str) -> IO[bytes]:
-    """Open a file that may be somebody else's, to read it."""
+    """Open a file to read it, but no link."""
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NO_FOLLOW))
 
 
@@ -2877,7 +2872,7 @@ def make_file(path: str, flags: int, *, group: bool | None = None) -> int:
     try:
         give_to_owner(path, fd)
         if group:
-            with suppress(PermissionError):  # somebody else made it, and did this
+            with suppress(PermissionError):  # its maker did this
                 os.fchmod(fd, FILE_MODES[True])  # whatever the umask says
     except OSError:
         os.close(fd)
@@ -2893,7 +2888,7 @@ def take_after(path: str, old: os.stat_result) -> None:
 
 
 def file_digest(path: str) -> str:
-    """Return the SHA-256 of a file; never of an open database: see `sync_file`."""
+    """Return the SHA-256 of a file, never of a database: see `sync_file`."""
     import hashlib
 
     digest = hashlib.sha256()
@@ -2930,7 +2925,7 @@ class Segment:
         self._fd, self._key = fd, _key(os.fstat(fd))
         self.path, self.id, self.opened, self.closed = path, segment_id_of(path), time.monotonic(), False
         self._dirty = False  # there may be bytes behind the end
-        self._end = (0, 0)  # bytes and events of whole lines; an interrupt never sees half of a tuple
+        self._end = (0, 0)  # bytes and events; an interrupt never sees half of a tuple
         self._limit = file_size_limit()
 
     @property
@@ -2942,7 +2937,7 @@ class Segment:
         return self._end[1]
 
     def append(self, data: bytes, events: int, *, durable: bool = False) -> None:
-        """Write whole lines, all or none. Ask `is_open` right before."""
+        """Write lines, all or none. Ask `is_open` right before."""
         self._mend()
         fd, (size, count) = self._fd, self._end
         if size + len(data) > self._limit:
@@ -2980,7 +2975,7 @@ class Segment:
         except OSError as error:
             if error.errno not in {errno.EBADF, *_GONE}:
                 raise
-            return error.errno != errno.EBADF  # a stale network handle is ours
+            return error.errno != errno.EBADF  # a stale handle is ours
 
     def is_in_place(self) -> bool:
         return _key_at(self.path) == self._key
@@ -3007,14 +3002,14 @@ class Segment:
         self.close()
 
     def forget(self) -> None:
-        """Close the descriptor; the lock stays with a parent that has it, too."""
+        """Close the descriptor; a parent keeps the lock."""
         with suppress(OSError):
             os.close(self.number())
         self._fd = -1
 
 
 def calls_in(data: bytes) -> dict[str, dict[str, Any]]:
-    """Return the events of a `.begun` file that have no end in it, by call."""
+    """Return the events in a `.begun` file that have no end, by call."""
     calls: dict[str, dict[str, Any]] = {}
     for line in data.split(b"\n")[:-1]:
         with suppress(ValueError, LookupError, TypeError):  # damaged by a power loss
@@ -3057,7 +3052,7 @@ class Claim:
         if self.torn:
             replace_file(self._stem + ".torn", data[self.size :])
             os.ftruncate(fd, self.size)
-        # Whose begin was put on record: the number of the line.
+        # Line numbers of calls whose begin was on record.
         found = CALL_OF_LINE.findall(data) if b'"call":"' in data else ()
         self.calls = {call.decode(): int(seq or 0) for call, seq in found}
 
@@ -3071,7 +3066,7 @@ class Claim:
 
 
 def combine(paths: Iterable[str], directory: str) -> list[str]:
-    """Put small segments into one file, as DuckDB takes 2 ms for each."""
+    """Put small segments into one file: DuckDB takes 2 ms for each."""
     sizes = {path: size for path in paths if (size := _size_of(path))}
     small = [path for path, size in sizes.items() if size <= _SMALL_BYTES]
     if len(small) < 8:
@@ -3107,7 +3102,7 @@ class Journal:
     ) -> None:
         self.directory, self._group, self._clock = os.path.abspath(folder), group, clock
         self._lock_path = self._path("ingest.lock")
-        self.wal_mark = self._path("journal.wal")  # exists while the WAL holds only what we wrote
+        self.wal_mark = self._path("journal.wal")  # while the WAL holds only what we wrote
 
     def _path(self, name: str) -> str:
         return os.path.join(self.directory, name)
@@ -3136,7 +3131,7 @@ class Journal:
             return
         if self._group and found.st_gid in (os.getegid(), *os.getgroups()) and is_for_group(self.directory):
             return
-        # Root works for the owner of the place, not for who put a directory there.
+        # Root works for the owner of the place only.
         if os.geteuid() or found.st_uid != os.stat(os.path.dirname(self.directory)).st_uid:
             text = f"belongs to user {found.st_uid}; work as that user, make it yours, or set `journal`"
             raise JournalError(text, path=self.directory)
@@ -3157,7 +3152,7 @@ class Journal:
         return self._files(SEGMENT_SUFFIX)
 
     def identity(self) -> str:
-        """Return the name in the ledger; hold the ingest lock."""
+        """Return the name in the ledger."""
         path = self._path("journal.id")
         with suppress(FileNotFoundError):
             if known := re.fullmatch(rb"\s*([0-9a-f]{1,64})\s*", read_file(path)):
@@ -3167,7 +3162,7 @@ class Journal:
         return fresh
 
     def bind(self, target: str) -> None:
-        """Note the database, and give a copy its own identity; hold the ingest lock."""
+        """Note the database; give a copy its own identity."""
         path, ours, mine = self._path("journal.place"), self._path("journal.id"), [self.directory, target]
         place = other = ""
         with suppress(OSError, ValueError, TypeError):
@@ -3208,7 +3203,7 @@ class Journal:
                     fd = make_file(self._lock_path, os.O_RDWR)
                 locked = stack.enter_context(trying_lock(fd, shared=shared))
             except FileNotFoundError:
-                locked = shared  # readers don't make it, and without it nobody ingests yet
+                locked = shared  # nobody ingests yet
             except OSError as error:
                 text = f"can't be locked: {error.strerror}; nothing is ingested"
                 raise JournalError(text, path=self._lock_path) from error
@@ -3244,16 +3239,16 @@ class Journal:
             with contextlib.ExitStack() as stack:
                 stack.callback(os.close, fd)
                 segment, is_locked = Segment(fd, path), True
-                with suppress(OSError):  # no locks here: nobody will claim it
+                with suppress(OSError):  # no locks here, so nobody claims it
                     is_locked = try_lock(fd)
-                if is_locked and segment.is_in_place():  # else a claimer deleted the empty file
+                if is_locked and segment.is_in_place():  # else somebody claimed it
                     if durable:
                         sync_directory(self.directory)
                     stack.pop_all()
                     return segment
 
     def begun(self, *, live: bool) -> Iterator[tuple[str, str, dict[str, dict[str, Any]]]]:
-        """Yield path, last sign of life and calls of processes that live, or ended."""
+        """Yield path, last sign of life and calls of each process."""
         for path in self._files(_BEGUN_SUFFIX):
             with suppress(OSError), open_file(path) as file:  # gone, not ours, or no locks
                 fd = file.fileno()
@@ -3268,7 +3263,7 @@ class Journal:
         return b"".join([lines_of(calls, now, over=False) for *_, calls in self.begun(live=True)])
 
     def unfinished(self) -> Iterator[tuple[str, bytes]]:
-        """Yield path and lines of the segment that each ended process leaves."""
+        """Yield path and lines of a segment for each ended process."""
         for path, last_sign, calls in self.begun(live=False):
             for segment in self.segments() if calls else ():
                 with suppress(OSError):
@@ -3280,14 +3275,14 @@ class Journal:
         """Make segments of what ended processes left, after `claim`."""
         made = False
         for path, lines in self.unfinished():
-            if lines and not os.path.exists(path):  # else the last attempt ended right here
+            if lines and not os.path.exists(path):  # else an attempt ended here
                 made = True
                 replace_file(path, lines)
             os.unlink(path.removesuffix(SEGMENT_SUFFIX) + _BEGUN_SUFFIX)
         return made
 
     def claim(self, limit_bytes: int, skip: Collection[str] = ()) -> tuple[list[Claim], list[JournalError]]:
-        """Return segments without a writer, about `limit_bytes`; hold the ingest lock."""
+        """Return about `limit_bytes` of segments without a writer."""
         claims: list[Claim] = []
         problems: list[JournalError] = []
         for path in self.segments():
@@ -3343,8 +3338,8 @@ class Journal:
 # === Writer ===
 # depends on: Errors, Config, Events, Encoding, Journal
 #
-# The first event starts a daemon thread; without one, or after `close`, callers write. A line stays in the
-# queue until `Appender.done` counts it: an interrupt, a fork or a failed write neither loses nor repeats one.
+# The first event starts a thread; without one, or after `close`, callers write. A line stays in the queue
+# until `Appender.done` counts it: an interrupt, a fork or a failed write neither loses nor repeats one.
 # `_writing` is held while the disk works, `_lock` for moments within; both are re-entrant, because `put` runs
 # in signal handlers and destructors.
 
@@ -3387,7 +3382,7 @@ class Diagnostics:
 
     def __init__(self, *, silent: bool = False) -> None:
         self._log: Any = None
-        if not silent:  # here, as no fork may come between; it takes 8 ms
+        if not silent:  # it takes 8 ms; no fork may come between
             import logging
 
             self._log = logging.getLogger("mxcp_audit")
@@ -3398,10 +3393,10 @@ class Diagnostics:
         self.errors = self.dropped = self.rejected = self.ingested = 0
         self.last_error: str | None = None
         self.untold: list[tuple[int, str, str]] = []  # level, kind, text
-        self._next: dict[str, float] = {}  # when a kind may be told again
+        self._next: dict[str, float] = {}  # when to tell a kind again
 
     def note(self, kind: str, text: str, *, error: BaseException | None = None, level: int = WARNING) -> None:
-        """Count a warning; once a minute for each kind leave its text to `tell`."""
+        """Count a warning; once a minute a kind leave its text to `tell`."""
         text = text if error is None else f"{text}: {error}"
         if level >= WARNING:
             self.errors, self.last_error = self.errors + 1, text
@@ -3411,7 +3406,7 @@ class Diagnostics:
             self.untold.append((level, kind, text))
 
     def tell(self) -> None:
-        """Log what was noted. Hold no lock: handlers have locks, and log events."""
+        """Log what was noted. Hold no lock: handlers log events."""
         if self.untold and self._log is not None:
             with suppress(Exception):  # of a broken handler
                 self._log.disabled = False  # dictConfig disables what it doesn't name
@@ -3426,11 +3421,11 @@ class Diagnostics:
 
 _BEGUN_BYTES = 2**20  # by which a file of begun calls grows
 _SIGN_SECONDS = 1.0  # between two signs of life
-_BRIEF_SECONDS = 0.1  # a call that is over by then leaves only its line, unless it is strict
+_BRIEF_SECONDS = 0.1  # for calls that are not strict
 
 
 class Begun:
-    """The calls that run here, but brief ones, in a file that shows what a crash left unfinished."""
+    """A file of the calls that run here, for what a crash leaves unfinished."""
 
     def __init__(self, journal: Journal, durable: bool, encode: Callable[[Any, str], bytes]) -> None:
         self._journal, self._durable, self._encode = journal, durable, encode
@@ -3443,12 +3438,12 @@ class Begun:
         self._file = None
         self._numbers = itertools.count(1)
         self._running: dict[int, Any] = {}  # calls by number
-        self._refs: dict[int, tuple[str, Any]] = {}  # of calls on record, or nearly: name in lines, call
+        self._refs: dict[int, tuple[str, Any]] = {}  # on record, or nearly: name in lines, call
         self.on_record: set[int] = set()
         self._over: dict[int, int] = {}  # by number, the ticket of its line
         self.ended = self._over.__setitem__  # for calls that `end` named
-        self._size, self._signed = 0, 0.0  # of the file when it was begun; the last sign of life
-        self.fresh = False  # calls came on record that nobody was told of
+        self._size, self._signed = 0, 0.0  # of the file at first; the last sign of life
+        self.fresh = False  # are calls on record that nobody was told of
 
     def begin(self, call: Any) -> int:
         number = next(self._numbers)
@@ -3554,7 +3549,7 @@ class Appender:
         self.sealed: dict[str, int] = {}  # files that wait for an ingest, and their events
         self._place: tuple[int, int] | None = None  # of their directory
         self._lost: list[Loss] = []
-        self._losing = native_threads().RLock()  # callers lose events too, even in signal handlers
+        self._losing = native_threads().RLock()  # for callers and signal handlers
 
     @property
     def done(self) -> int:
@@ -3581,7 +3576,7 @@ class Appender:
                 self._before += 1
                 self.lose(1, "limit", "the event is larger than a file may be (RLIMIT_FSIZE)")
                 return
-            half = 0 if before else len(piece) // 2  # a new segment may hold all
+            half = 0 if before else len(piece) // 2
             for part in filter(None, (piece[:half], piece[half:])):
                 self.append(part)
         if segment.size >= SEGMENT_BYTES:
@@ -3590,7 +3585,7 @@ class Appender:
     def present(self) -> Segment | None:
         """Return the segment, open and in place, if there is one."""
         segment = self._segment
-        if segment and (segment.closed or not segment.is_open()):  # by an interrupt, or by somebody else
+        if segment and (segment.closed or not segment.is_open()):  # by an interrupt or others
             self._let_go(segment)
         elif segment and not segment.is_in_place():
             self._write_again(segment)
@@ -3679,7 +3674,7 @@ class Appender:
 
 _CPU_SHARE = 0.01  # of one core
 _LONGEST_PAUSE_SECONDS = 60.0
-_LOCKED_PAUSE_SECONDS = 5.0  # after an ingest that waited in vain for the database
+_LOCKED_PAUSE_SECONDS = 5.0  # after waiting in vain for the database
 _CHILD_WAIT_SECONDS = 30.0  # for the database
 _POLL_SECONDS = 0.1
 _ANSWER_BYTES = 2**16
@@ -3707,7 +3702,7 @@ class Ingester:
 
     def start_afresh(self) -> None:
         if self._child is not None:
-            self._child.returncode = 0  # so that nothing waits for it here, or warns
+            self._child.returncode = 0  # nothing waits for it here, or warns
             self._child.stdout.close()
         self._child = None
         self.stopped = not self._settings  # no further child
@@ -3726,7 +3721,7 @@ class Ingester:
         due = max(self._appender.waiting_since() + self._interval, self._not_before)
         if self._next_daily and self._settings["retention"]:
             due = min(due, self._next_daily)
-        if self._appender.left():  # a full segment, or one of an attempt that failed
+        if self._appender.left():  # of a failed attempt, or full
             due = 0.0
         due = 0.0 if self.wanted > self.tried else max(due, self._away_until)
         return max(0.0, max(due, self._busy_until) - time.monotonic())
@@ -3758,7 +3753,7 @@ class Ingester:
             if not is_free:  # perhaps for long
                 appender.record_losses()
             self._answered({"busy": not is_free})
-        except Exception as error:  # whatever keeps a child from being started
+        except Exception as error:
             self._answered({"fault": str(error)})
 
     def _start(self) -> None:
@@ -3811,7 +3806,7 @@ class Ingester:
         self._head = answer.get("head") or self._head
         if answer.get("done"):
             for path in self._taken:
-                self._appender.sealed.pop(path, None)  # also what can't be deleted
+                self._appender.sealed.pop(path, None)  # though it can't be deleted
             if now >= self._next_daily:
                 self._next_daily = now + 3600 * (24 if answer.get("retained") else 1)
                 self._tell_head()
@@ -3840,7 +3835,7 @@ class Ingester:
             self._answered(self._await_child((time.monotonic() + deadline) / 2))
         while appender.left():
             if is_attach_target(str(self._settings["path"])) and not no_python():
-                self._start()  # waiting for a server can't be interrupted
+                self._start()  # it may wait for a server
                 answer = self._await_child(deadline)
             else:
                 self._taken = list(appender.sealed)
@@ -3895,7 +3890,7 @@ class Writer:
     ) -> None:
         self._appender, self._ingester = appender, ingester
         self.begun, self._diagnostics = appender.begun, appender.diagnostics
-        self._at_once = at_once or appender.durable  # callers wait, all or some: nothing is gathered
+        self._at_once = at_once or appender.durable  # callers wait: nothing is gathered
         self._drop_when_full, self._on_start = drop_when_full, on_start
         self.start_afresh()
 
@@ -3908,17 +3903,17 @@ class Writer:
         self._writing = threads.RLock()  # of the appender
         self._wake = threads.Lock()
         self._wake.acquire()
-        self._queue: list[bytes] = []  # in a child the parent's lines are none of ours
+        self._queue: list[bytes] = []
         self._queued_bytes = self._finished = 0  # of the queue; lines that left it
-        self._due = self._look_at = self._step_at = 0.0  # the first: seconds until the ingester's next step
+        self._due = self._look_at = self._step_at = 0.0  # seconds; moments of checks
         self._waiting: list[tuple[Callable[[], bool], Callable[[], object]]] = []  # what for, callback
-        self._asleep, self._hurried = True, False  # the second: somebody waits for the next round
+        self._asleep, self._hurried = True, False  # somebody waits for the next round
         self._closing = self._sealed = self._closed = False
-        self._inline = 0  # the other thread that writes, by its number
+        self._inline = 0  # the number of a caller's thread that writes
         self._thread: threading.Thread | None = None
 
     def before_fork(self) -> None:
-        """Wait for a write to end, so that no child inherits a segment that nobody knows yet."""
+        """Wait for a write to end: a child may inherit no unknown segment."""
         self._writing.acquire(timeout=1.0)
 
     def after_fork_in_parent(self) -> None:
@@ -4034,7 +4029,7 @@ class Writer:
     def _wait_until(self, done: Callable[[], bool], deadline: float) -> bool:
         """Wait for the writer, or do its work; False after the deadline."""
         while not done():
-            if self._asleep:  # a caller was interrupted before it woke the writer, or there is none
+            if self._asleep:  # a caller was interrupted, or there is no thread
                 self._rouse()
             left = deadline - time.monotonic()
             if left <= 0:
@@ -4055,7 +4050,7 @@ class Writer:
     def _hurry(self) -> None:
         """Have the thread gather no longer, now or the next time."""
         if not self._at_once:
-            self._hurried = True  # before that: it clears this, and then waits
+            self._hurried = True  # first: it clears this, and then waits
             self._release_wake()
 
     def _release_wake(self) -> None:
@@ -4089,14 +4084,14 @@ class Writer:
         """Do the writer's work here, once; False if something is left to do."""
         me = self._threads.get_ident()
         if self._inline == me:
-            return True  # a signal handler or destructor within our own write
+            return True  # a signal handler within our write
         with self._writing:
             self._inline = me
             try:
                 done = self._work()
             except RecursionError:
                 raise
-            except Exception as error:  # the caller's event is queued all the same
+            except Exception as error:
                 done = False
                 self._diagnostics.note("writer", "writing failed; events wait in memory", error=error)
             finally:
@@ -4150,7 +4145,7 @@ class Writer:
             return done
         now, ingester = time.monotonic(), self._ingester
         self._due = _GATHER_SECONDS
-        if now >= self._step_at or ingester.wanted > ingester.tried:  # not with each strict call
+        if now >= self._step_at or ingester.wanted > ingester.tried:
             self._step_at, tried = now + _GATHER_SECONDS, ingester.tried
             self._due = ingester.step()
             if ingester.tried > tried or ingester.stopped:
@@ -4167,7 +4162,7 @@ class Writer:
             try:
                 if piece:
                     self._appender.append(piece)
-                elif now >= self._look_at:  # nothing is written that would look
+                elif now >= self._look_at:
                     self._look_at = now + _POLL_SECONDS
                     self._appender.present()
                 self.begun.write(self.written)
@@ -4188,7 +4183,7 @@ class Writer:
             written = self.written
             gone = self._queue[: written - self._finished]
             count, left = len(gone), self._queued_bytes - sum(map(len, gone))
-            # An interrupt comes with a call: it never finds half of this.
+            # No call, so no interrupt, comes within.
             del self._queue[:count]
             self._finished = written
             self._queued_bytes = left if self._queue else 0
