@@ -275,11 +275,10 @@ class _YamlReader:
         return pattern.match(self.text, self.pos)
 
     def take(self, pattern: re.Pattern[str]) -> str:
-        """Pass and return what matches at the cursor, or ""."""
-        if not (match := self.see(pattern)):
-            return ""
-        self.pos = match.end()
-        return match[0]
+        """Pass and return what matches, or ""."""
+        text = match[0] if (match := self.see(pattern)) else ""
+        self.pos += len(text)
+        return text
 
     def end_line(self) -> None:
         if "\n" not in self.take(_BLANKS) and self.char != "\0":
@@ -326,26 +325,21 @@ class _YamlReader:
         if same_line:
             self.fail("a collection on the line of its key; begin a line, or quote the text")
         self.descend()
-        value = self.sequence(column) if dash else self.mapping(column)
-        self.depth -= 1
-        return value
-
-    def mapping(self, column: int) -> dict[object, object]:
         mapping: dict[object, object] = {}
-        while self.column() == column:
-            start, key = self.pos, self.scalar(column)
+        sequence: list[object] = []
+        while self.column() == column and (self.see(_DASH) or not dash):
+            start = self.pos
+            if dash:
+                self.pos += 1
+                sequence.append(self.node(column, after_key=False))
+                continue
+            key = self.scalar(column)
             if not self.take(_COLON):
                 self.refuse("a key, a colon and a blank")
             self.check_key(start)
             self.put(mapping, key, self.node(column, after_key=True), start)
-        return mapping
-
-    def sequence(self, column: int) -> list[object]:
-        sequence: list[object] = []
-        while self.column() == column and self.see(_DASH):
-            self.pos += 1
-            sequence.append(self.node(column, after_key=False))
-        return sequence
+        self.depth -= 1
+        return sequence if dash else mapping
 
     def check_key(self, start: int) -> None:
         if self.pos - 1 - start > MAX_KEY_CHARS or "\n" in self.text[start : self.pos]:
@@ -423,7 +417,6 @@ class _YamlReader:
         return self.plain(text, start)
 
     def plain(self, text: str, at: int) -> object:
-        """Return the value that plain text has in YAML 1.1."""
         word = text.lower()
         if word in _YAML_WORDS and text in {word, word.title(), word.upper(), ".NaN"} - {".Nan"}:
             return _YAML_WORDS[word]
@@ -469,7 +462,6 @@ class _YamlReader:
         return chr(int(part[2:], 16))
 
     def block_scalar(self, indent: int) -> str:
-        """The `|` or `>` scalar at the cursor, in a collection at `indent`."""
         if not (header := self.see(_BLOCK_HEADER)):
             self.fail("only +, -, a digit and a comment may follow | or >; quote text")
         self.pos = header.end()
@@ -709,8 +701,7 @@ SETTINGS = {
 
 
 def check_settings(
-    settings: Mapping[str, object],
-    place: Callable[[str], Mapping[str, Any]] = lambda name: {"trail": (name,)},
+    settings: Mapping[str, object], place: Callable[[str], dict[str, Any]] = lambda name: {"trail": (name,)}
 ) -> dict[str, Any]:
     checked = {}
     for name, value in settings.items():
@@ -772,7 +763,6 @@ class _SiteFile(_YamlReader):
         return value
 
     def profile(self, argument: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
-        """Return the profile's name, and what chose it."""
         chosen: dict[str, object] = {
             "argument": argument,
             "MXCP_PROFILE": environ.get("MXCP_PROFILE") or None,
@@ -2783,7 +2773,6 @@ def trying_lock(fd: int, *, shared: bool = False) -> Iterator[bool]:
 
 
 def _key(found: os.stat_result) -> tuple[int, int]:
-    """Return what tells a file from others."""
     return found.st_dev, found.st_ino
 
 
@@ -3137,7 +3126,6 @@ class Journal:
             raise JournalError(text, path=self.directory)
 
     def _files(self, suffix: str) -> list[str]:
-        """Return files, oldest first."""
         try:
             with os.scandir(self.directory) as entries:
                 files = [entry for entry in entries if entry.name.endswith(suffix)]
@@ -3258,7 +3246,6 @@ class Journal:
                     yield path, sign.strftime(LINE_TIME), calls_in(file.read())
 
     def running(self) -> bytes:
-        """Return lines of the calls that run here."""
         now = utc_now().strftime(LINE_TIME)
         return b"".join([lines_of(calls, now, over=False) for *_, calls in self.begun(live=True)])
 
@@ -3605,7 +3592,6 @@ class Appender:
         self._before, self._segment = self.done, None
 
     def _write_again(self, segment: Segment) -> None:
-        """Write a segment again that was moved; empty the old one."""
         events = segment.events
         try:
             held = os.pread(segment.number(), segment.size, 0)
@@ -3627,7 +3613,7 @@ class Appender:
         segment.close()
 
     def seal(self) -> bool:
-        """Seal and record all; False if it must be tried again."""
+        """Seal and record all; False if that failed."""
         try:
             segment = self.present()
             self.begun.write(self.done, ends=True)
@@ -3819,7 +3805,6 @@ class Ingester:
         self._not_before, self._away_until = now + pause, now + away
 
     def _due_settings(self) -> dict[str, object]:
-        """Return the settings, `retention` among them once a day."""
         is_due = time.monotonic() >= self._next_daily
         return {**self._settings, "retention": self._settings["retention"] if is_due else None}
 
