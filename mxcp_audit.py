@@ -304,7 +304,7 @@ class _YamlReader:
             self.pos += 3
             self.end_line()
         if self.column() >= 0:
-            self.fail("text after the end of the value; check the indentation")
+            self.fail("text after the end; check the indentation")
         if self.char != "\0":
             self.fail("a second document; keep one to a file")
         return value
@@ -911,10 +911,9 @@ def iso_time(us: int | None) -> str | None:
     """Return microseconds since the epoch as ISO 8601, if possible."""
     if us is None:
         return None
-    try:
+    with suppress(OverflowError):
         return (_EPOCH_START + datetime.timedelta(microseconds=us)).isoformat(timespec="microseconds") + "Z"
-    except OverflowError:
-        return f"{us} microseconds"
+    return f"{us} microseconds"
 
 
 _ISO_8601 = re.compile(
@@ -2744,15 +2743,14 @@ _LOCK_OFFSET = 2**62  # Windows locks bytes against reading
 
 def try_lock(fd: int, *, shared: bool = False) -> bool:
     """Take a file's lock; False if somebody else has it."""
-    try:
+    with suppress(BlockingIOError, PermissionError):
         if sys.platform != "win32":
             fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         else:
             os.lseek(fd, _LOCK_OFFSET, os.SEEK_SET)
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
+        return True
+    return False
 
 
 def unlock(fd: int) -> None:
@@ -2815,10 +2813,9 @@ def sync_directory(directory: str) -> None:
 
 
 def _size_of(path: str) -> int:
-    try:
+    with suppress(FileNotFoundError):
         return os.stat(path).st_size
-    except FileNotFoundError:
-        return 0
+    return 0
 
 
 def segment_id_of(path: str) -> str:
@@ -3420,7 +3417,7 @@ class Begun:
         self.start_afresh()
 
     def start_afresh(self) -> None:
-        if self._file is not None:
+        if self._file:
             self._file.forget()
         self._file = None
         self._numbers = itertools.count(1)
@@ -3506,7 +3503,7 @@ class Begun:
 
     def close(self) -> None:
         """Remove the file, unless a call is on record, which an ingest takes."""
-        if self._file is not None and not self._refs:
+        if self._file and not self._refs:
             self._file.discard()
             self._file = None
 
@@ -3529,7 +3526,7 @@ class Appender:
 
     def start_afresh(self) -> None:
         self.begun.start_afresh()
-        if self._segment is not None:
+        if self._segment:
             self._segment.forget()
         self._segment = None
         self._before = 0  # lines done before `_segment`
@@ -3571,11 +3568,11 @@ class Appender:
 
     def present(self) -> Segment | None:
         """Return the segment, open and in place, if there is one."""
-        segment = self._segment
-        if segment and (segment.closed or not segment.is_open()):  # by an interrupt or others
-            self._let_go(segment)
-        elif segment and not segment.is_in_place():
-            self._write_again(segment)
+        if segment := self._segment:
+            if segment.closed or not segment.is_open():  # by an interrupt or others
+                self._let_go(segment)
+            elif not segment.is_in_place():
+                self._write_again(segment)
         return self._segment
 
     def _open(self) -> Segment:
@@ -3619,23 +3616,22 @@ class Appender:
             self.begun.write(self.done, ends=True)
             if segment is not None:
                 self._let_go(segment)
-            return self.record_losses()
+            self.record_losses()
+            return True
         except (OSError, JournalError) as error:
             self.diagnostics.note("seal", "a segment could not be sealed yet", error=error)
             return False
 
-    def record_losses(self) -> bool:
+    def record_losses(self) -> None:
         while self._lost:
             with self._losing:
                 loss = self._lost.pop(0)
             try:
                 self.sealed[self.journal.record_loss(loss)] = 0
-            except (OSError, JournalError) as error:
+            except BaseException:
                 with self._losing:
                     self._lost.insert(0, loss)
-                self.diagnostics.note("loss", "a loss could not be put on record yet", error=error)
-                return False
-        return True
+                raise
 
     def lose(self, events: int, kind: str, reason: str, *, error: BaseException | None = None) -> None:
         """Count lost events, in any thread, for `record_losses`."""
