@@ -560,7 +560,7 @@ def is_attach_target(path: str) -> bool:
     return re.match("[A-Za-z0-9_]{2,}:", path) is not None  # DuckDB's own rule; C: is a drive
 
 
-# What is no secret in a connection string and in `attach`.
+# No secrets in a connection string and in `attach`.
 _PUBLIC_KEYS = re.compile("(?i)dbname|host(addr)?|port|user|service|sslmode|application_name|connect_timeout")
 _PUBLIC_OPTIONS = re.compile("(?i)type|data_path|(metadata_)?schema|metadata_catalog|secret")
 _PREFIXES = re.compile(r"(?:[A-Za-z0-9_]{2,}:(?!//))*")  # such as "ducklake:postgres:"
@@ -2784,10 +2784,6 @@ def _key_at(path: str) -> tuple[int, int] | None:
         raise
 
 
-def _os_error(code: int, path: str) -> OSError:
-    return OSError(code, os.strerror(code), path)
-
-
 def file_size_limit() -> float:
     """Return the size beyond which SIGXFSZ may kill the process."""
     with suppress(ImportError):  # on Windows
@@ -2927,14 +2923,14 @@ class Segment:
         self._mend()
         fd, (size, count) = self._fd, self._end
         if size + len(data) > self._limit:
-            raise _os_error(errno.EFBIG, self.path)
+            raise OSError(errno.EFBIG, "File too large", self.path)
         self._dirty = True
         rest = memoryview(data)
         try:
             while rest:
                 written = os.write(fd, rest)
                 if not written:
-                    raise _os_error(errno.EIO, self.path)
+                    raise OSError(errno.EIO, "no byte was written", self.path)
                 rest = rest[written:]
             if durable:
                 os.fsync(fd)
@@ -2952,7 +2948,7 @@ class Segment:
     def number(self) -> int:
         """Return the descriptor; OSError if it is closed or another file's."""
         if _key(os.fstat(self._fd)) != self._key:
-            raise _os_error(errno.EBADF, self.path)
+            raise OSError(errno.EBADF, "closed", self.path)
         return self._fd
 
     def is_open(self) -> bool:
@@ -3039,8 +3035,8 @@ class Claim:
             replace_file(self._stem + ".torn", data[self.size :])
             os.ftruncate(fd, self.size)
         # Line numbers of calls whose begin was on record.
-        found = CALL_OF_LINE.findall(data) if b'"call":"' in data else ()
-        self.calls = {call.decode(): int(seq or 0) for call, seq in found}
+        calls = CALL_OF_LINE.findall(data) if b'"call":"' in data else ()
+        self.calls = {call.decode(): int(seq or 0) for call, seq in calls}
 
     def reject(self, faults: Iterable[tuple[int, str, bytes]]) -> None:
         """Keep lines that can't be ingested in `.rejected`, to be repaired."""
@@ -3137,7 +3133,6 @@ class Journal:
         return self._files(SEGMENT_SUFFIX)
 
     def identity(self) -> str:
-        """Return the name in the ledger."""
         path = self._path("journal.id")
         with suppress(FileNotFoundError):
             if known := re.fullmatch(rb"\s*([0-9a-f]{1,64})\s*", read_file(path)):
@@ -3169,7 +3164,6 @@ class Journal:
             os.utime(self._lock_path)
 
     def is_ingest_waiting(self) -> bool:
-        """Return True during an ingest that asked for its turn."""
         with suppress(OSError, JournalError):
             if 0 <= self._clock() - os.lstat(self._lock_path).st_mtime_ns < _TURN_SECONDS * 1e9:
                 with self.ingest_lock(shared=True) as is_free:
@@ -3427,7 +3421,7 @@ class Begun:
         self._over: dict[int, int] = {}  # by number, the ticket of its line
         self.ended = self._over.__setitem__  # for calls that `end` named
         self._size, self._signed = 0, 0.0  # of the file at first; the last sign of life
-        self.fresh = False  # are calls on record that nobody was told of
+        self.fresh = False  # there are calls on record that nobody was told of
 
     def begin(self, call: Any) -> int:
         number = next(self._numbers)
@@ -3436,7 +3430,7 @@ class Begun:
 
     def end(self, number: int) -> str | None:
         """Return how its line must name a call; None if its begin is not on record."""
-        self._running.pop(number, None)  # before that: the writer sets `_refs` before it looks who runs
+        self._running.pop(number, None)  # first: the writer sets `_refs`, and then looks who still runs
         return self._refs.get(number, (None,))[0]
 
     def write(self, done: int, *, ends: bool = False) -> None:
