@@ -663,7 +663,7 @@ def _options(value: object) -> dict[str, str | int | float | bool]:
         if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name if isinstance(name, str) else ""):
             raise ValueError(f"{name!r:.60}: the name of an option has letters, digits and _ only")
         if not isinstance(option, (str, int, float)) or (isinstance(option, float) and not isfinite(option)):
-            raise ValueError(f"{name} must be text, a number or a boolean, not {_described(option)}")
+            raise ValueError(f"{name} must be text, a number or a boolean")
     return dict(value)
 
 

@@ -365,6 +365,7 @@ def test_load_config_sources_name_every_setting(site):
 
 def test_load_config_repr_leaves_out_the_secrets_of_attach(site):
     assert "hunter2" not in repr(site(AUDIT + "      attach: {encryption_key: hunter2}\n"))
+    assert "hunter2" not in str(refusal(site, AUDIT + "      attach: {encryption_key: [hunter2]}\n"))
 
 
 @pytest.mark.parametrize(
