@@ -11,7 +11,7 @@ Each call becomes a row in a DuckDB file that can be queried while the server ru
     with audit.record("tool", "get_user", {"id": 7}, caller="http"):
         ...                                         # or call by call
 
-Then, from any shell:
+and from any shell:
 
     python -m mxcp_audit log --status error --since 1h
 
@@ -42,17 +42,7 @@ import threading
 import time
 import types
 import weakref
-from collections.abc import (
-    Awaitable,
-    Callable,
-    Collection,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    MappingView,
-    Sequence,
-)
+from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from math import inf, isfinite, nan
 from typing import (
@@ -79,36 +69,18 @@ if TYPE_CHECKING:
     import subprocess
 
 __version__ = "0.2.0"
-__all__ = [
-    "AuditError",
-    "AuditLogger",
-    "Call",
-    "Config",
-    "ConfigError",
-    "Counters",
-    "DatabaseCorruptError",
-    "DatabaseLockedError",
-    "DatabaseNotFoundError",
-    "DatabaseUnreachableError",
-    "EngineNotFoundError",
-    "EventError",
-    "Filter",
-    "JournalError",
-    "QueryError",
-    "Redactor",
-    "Store",
-    "StoreError",
-    "load_config",
-    "main",
-]
+__all__ = ["AuditError", "AuditLogger", "Call", "Config", "ConfigError", "Counters", "DatabaseCorruptError"]
+__all__ += ["DatabaseLockedError", "DatabaseNotFoundError", "DatabaseUnreachableError", "EngineNotFoundError"]
+__all__ += ["EventError", "Filter", "JournalError", "QueryError", "Redactor", "Store", "StoreError"]
+__all__ += ["load_config", "main"]
 
 
 # === Errors ===
 # depends on: nothing
 #
-# A message says what is wrong, where, and what to do; a cause is kept (`raise … from`).
+# A message says what is wrong, where, and what to do; a cause is kept.
 
-# Ctrl+C, and what signal handlers of servers raise: passed on, once the event is queued.
+# Passed on, once the event is queued.
 INTERRUPTS = (KeyboardInterrupt, SystemExit)
 
 
@@ -189,15 +161,14 @@ class QueryError(StoreError):
 
 
 def counted(count: int, noun: str) -> str:
-    """Return a number with its noun, such as "2 events"."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    """Return text such as "2 events"."""
+    return f"{count} {noun}" + "s" * (count != 1)
 
 
 def no_python() -> str | None:
     """Return why no child can run this file, or None if one can."""
-    if getattr(sys, "frozen", False) or not re.match(
-        r"(?i)(python|pypy)", os.path.basename(sys.executable or "")
-    ):
+    program = os.path.basename(sys.executable or "")
+    if getattr(sys, "frozen", False) or not re.match("(?i)python|pypy", program):
         return "sys.executable is no Python"
     return None if os.path.isfile(__file__) else f"{__file__} is no file"
 
@@ -206,14 +177,14 @@ def no_python() -> str | None:
 # depends on: Errors
 #
 # `parse_yaml` returns what PyYAML's `safe_load` returns, as in MXCP, or raises ConfigError:
-# tools/fuzz_yaml.py compares the two. A cursor walks over the text once. After a block node it stands on the
+# tools/fuzz_yaml.py compares the two. A cursor walks over the text once. After a block node it is at the
 # first token of a later line, whose column says whether the collection goes on (same), has ended (smaller) or
-# is broken (larger). The end of the text, `---` and `...` count as column -1.
+# is broken (larger). The end of the text, `---` and `...` are at column -1.
 
-MAX_SITE_FILE_BYTES = 16 * 2**20  # arbitrary
-MAX_DEPTH = 100  # arbitrary; PyYAML takes about 500
+MAX_SITE_FILE_BYTES = 16 * 2**20
+MAX_DEPTH = 100  # PyYAML takes about 500
 MAX_KEY_CHARS = 1024  # PyYAML's, up to the colon
-MAX_NUMBER_CHARS = 4300  # Python's, for digits; 1:1:1:… would be quadratic
+MAX_NUMBER_CHARS = 4300  # Python's, for digits
 
 _YAML_WORDS: Mapping[str, object] = {
     **dict.fromkeys(("~", "null")),
@@ -221,9 +192,7 @@ _YAML_WORDS: Mapping[str, object] = {
     **dict.fromkeys(("no", "false", "off"), False),
     **{".inf": inf, "+.inf": inf, "-.inf": -inf, ".nan": nan},
 }
-_INTEGER = re.compile(
-    r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*(?::[0-5]?[0-9])*)"  # 1:10 is 70
-)
+_INTEGER = re.compile(r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*(?::[0-5]?[0-9])*)")
 _FLOAT = re.compile(
     r"[-+]?[0-9][0-9_]*(?:(?::[0-5]?[0-9])+\.[0-9_]*|\.[0-9_]*(?:[eE][-+][0-9]+)?)"
     r"|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?"
@@ -233,20 +202,16 @@ _DATE = re.compile(
     r":[0-9]{2}:[0-9]{2}(?:\.[0-9]*)?(?:[ \t]*(?:Z|[-+][0-9]{1,2}(?::[0-9]{2})?))?"
 )
 
-# The text ends in a NUL, which occurs nowhere else.
+# The text ends in a NUL.
 _BLANKS = re.compile(r"[ \n]*(?:#[^\n\0]*[ \n]*)*")
 _END = re.compile(r"\0|^(?:---|\.\.\.)(?=[ \t\n\0])", re.MULTILINE)
 _DASH = re.compile(r"-(?=[ \t\n\0])")
 _COLON = re.compile(r" *:(?=[ \t\n\0])")
 _LINE_GAP = re.compile(r" *\n[ \n]*")
-# By "between brackets": how plain text begins, and what ends it on its line.
-_PLAIN_START = r"[^ \t\n\0\-?:,\[\]{}#&*!|>'\"%@`]"
+# By "between brackets": what begins plain text, and what ends it on its line.
 _PLAIN = {
-    False: (re.compile(_PLAIN_START + r"|[-?:](?=[^ \t\n\0])"), re.compile(r"[\t\n\0]|:(?=[ \t\n\0])| #")),
-    True: (
-        re.compile(_PLAIN_START + r"|-(?=[^ \t\n\0])"),
-        re.compile(r"[\t\n\0,?\[\]{}]|:(?=[ \t\n\0,\[\]{}])| #"),
-    ),
+    False: (r"|[-?:](?=[^ \t\n\0])", re.compile(r"[\t\n\0]|:(?=[ \t\n\0])| #")),
+    True: (r"|-(?=[^ \t\n\0])", re.compile(r"[\t\n\0,?\[\]{}]|:(?=[ \t\n\0,\[\]{}])| #")),
 }
 # Quoted text, and what in it is replaced.
 _QUOTED = {
@@ -261,12 +226,12 @@ _BLOCK_HEADER = re.compile(r"([|>])([+-]?[1-9]?|[1-9][+-])(?: +#[^\n\0]*| *)(?=[
 _LEADING_LINES = re.compile(r"(?:\n *)*")
 _REFUSALS = {
     "\t": "a tab between tokens; use spaces",
-    "&": "an anchor (&name); write the value out, or quote the text",
-    "*": "an alias (*name); write the value out, or quote the text",
-    "!": "a tag (!name); remove it, or quote the text",
-    "%": "a directive (%NAME); remove it, or quote the text",
-    "?": "a complex key (?), or a question mark in [] or {}; quote the text",
-    "\0": "the text ends too early",
+    "&": "an anchor (&name); write the value out",
+    "*": "an alias (*name); write the value out",
+    "!": "a tag (!name); remove it",
+    "%": "a directive (%NAME); remove it",
+    "?": "a complex key (?), or a question mark in [] or {}; remove it",
+    "\0": "the text ends too early; complete it",
 }
 
 
@@ -276,20 +241,14 @@ def parse_yaml(text: str | bytes, *, path: str | None = None) -> object:
 
 
 class _YamlReader:
-    """Reads one YAML document. `places`: of pairs, by id of the mapping and key."""
-
     def __init__(self, text: str | bytes, path: str | None) -> None:
         self.path, self.pos, self.depth, self.text = path, 0, 0, ""
-        self.places: dict[tuple[int, object], int] = {}
+        self.places: dict[tuple[int, object], int] = {}  # of pairs, by id of the mapping and key
         if isinstance(text, bytes):
-            encoding = {b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}.get(text[:2], "utf-8")
-            try:
-                text = text.decode(encoding)
-            except UnicodeDecodeError as error:
-                self.text, byte = error.object[: error.start].decode(encoding), error.object[error.start]
-                problem = f"byte 0x{byte:02X} is not {encoding.upper()}; save the file as UTF-8"
-                self.fail(problem, len(self.text))
+            text = text.decode("utf-8", "surrogateescape")
         self.text = re.sub("\r\n?", "\n", text).removeprefix("\ufeff")
+        if bad := re.search(r"[\udc80-\udcff]", self.text):
+            self.fail(f"byte 0x{ord(bad[0]) - 0xDC00:X} is not UTF-8; save the file as UTF-8", bad.start())
         refused = r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
         if bad := re.search(refused, self.text):
             self.fail(f"the character U+{ord(bad[0]):04X}; escape it in double quotes", bad.start())
@@ -305,7 +264,8 @@ class _YamlReader:
         raise ConfigError(problem, **self.place(self.pos if at is None else at))
 
     def refuse(self, expected: str) -> NoReturn:
-        self.fail(_REFUSALS.get(self.char) or f"expected {expected}, found {self.char!r}; put text in quotes")
+        problem = f"expected {expected}, found {self.char!r}; check the indentation"
+        self.fail(f"{_REFUSALS.get(self.char, problem)}, or put text in quotes")
 
     @property
     def char(self) -> str:
@@ -315,13 +275,12 @@ class _YamlReader:
         return pattern.match(self.text, self.pos)
 
     def take(self, pattern: re.Pattern[str]) -> str:
-        """Pass and return what matches at the cursor, or ""."""
-        match = self.see(pattern)
-        self.pos = match.end() if match else self.pos
-        return match[0] if match else ""
+        """Pass and return what matches, or ""."""
+        text = match[0] if (match := self.see(pattern)) else ""
+        self.pos += len(text)
+        return text
 
     def end_line(self) -> None:
-        """Pass the rest of a line, which must be empty, to the next token."""
         if "\n" not in self.take(_BLANKS) and self.char != "\0":
             self.refuse("the end of the line")
 
@@ -336,7 +295,6 @@ class _YamlReader:
     # --- blocks
 
     def document(self) -> object:
-        """Return the value of the whole text."""
         self.take(_BLANKS)
         explicit = self.column() < 0 and self.char == "-"
         started = explicit or self.column() >= 0
@@ -346,13 +304,13 @@ class _YamlReader:
             self.pos += 3
             self.end_line()
         if self.column() >= 0:
-            self.fail("text after the end of the value; check the indentation")
+            self.fail("text after the end; check the indentation")
         if self.char != "\0":
             self.fail("a second document; keep one to a file")
         return value
 
     def node(self, indent: int, *, after_key: bool) -> object:
-        """The next node if deeper than `indent`, else None; a key's list may be at it."""
+        """The next node, if deeper than `indent`; a key's list may be at it."""
         same_line = "\n" not in self.take(_BLANKS) and after_key
         start, column = self.pos, self.column()
         dash = self.see(_DASH)
@@ -367,34 +325,27 @@ class _YamlReader:
         if same_line:
             self.fail("a collection on the line of its key; begin a line, or quote the text")
         self.descend()
-        value = self.sequence(column) if dash else self.mapping(column)
-        self.depth -= 1
-        return value
-
-    def mapping(self, column: int) -> dict[object, object]:
         mapping: dict[object, object] = {}
-        while self.column() == column:
-            start, key = self.pos, self.scalar(column)
+        sequence: list[object] = []
+        while self.column() == column and (self.see(_DASH) or not dash):
+            start = self.pos
+            if dash:
+                self.pos += 1
+                sequence.append(self.node(column, after_key=False))
+                continue
+            key = self.scalar(column)
             if not self.take(_COLON):
                 self.refuse("a key, a colon and a blank")
             self.check_key(start)
             self.put(mapping, key, self.node(column, after_key=True), start)
-        return mapping
-
-    def sequence(self, column: int) -> list[object]:
-        sequence: list[object] = []
-        while self.column() == column and self.see(_DASH):
-            self.pos += 1
-            sequence.append(self.node(column, after_key=False))
-        return sequence
+        self.depth -= 1
+        return sequence if dash else mapping
 
     def check_key(self, start: int) -> None:
-        """Refuse what PyYAML refuses as a key between `start` and the colon."""
         if self.pos - 1 - start > MAX_KEY_CHARS or "\n" in self.text[start : self.pos]:
             self.fail(f"a key of several lines or more than {MAX_KEY_CHARS} characters; shorten it", start)
 
     def put(self, mapping: dict[object, object], key: object, value: object, at: int) -> object:
-        """Enter a pair that starts at `at` and return the mapping."""
         if isinstance(key, (dict, list)):
             self.fail("a collection as a key; use text", at)
         if key in mapping:  # 1, 1.0 and true are equal
@@ -447,15 +398,15 @@ class _YamlReader:
         if self.char in _QUOTED:
             return self.quoted()
         beginning, ending = _PLAIN[flow]
-        if not self.see(beginning):
+        if not self.see(re.compile(r"[^ \t\n\0\-?:,\[\]{}#&*!|>'\"%@`]" + beginning)):
             self.refuse("a key or a value")
         start = here = self.pos
-        pieces, gap = [], ""
-        while end := ending.search(self.text, here):  # always: the NUL ends everything
+        text = gap = ""
+        while end := ending.search(self.text, here):  # always, as of the NUL
             line = self.text[here : end.start()].rstrip(" ")
             if not line:
                 break
-            pieces += [_folded(gap), line]
+            text += _folded(gap) + line
             self.pos = here + len(line)
             if not (match := self.see(_LINE_GAP)):
                 break
@@ -463,24 +414,43 @@ class _YamlReader:
             column = len(gap) - gap.rfind("\n") - 1
             if column <= indent or self.text[here] == "#" or _END.match(self.text, here):
                 break
+        return self.plain(text, start)
+
+    def plain(self, text: str, at: int) -> object:
+        word = text.lower()
+        if word in _YAML_WORDS and text in {word, word.title(), word.upper(), ".NaN"} - {".Nan"}:
+            return _YAML_WORDS[word]
+        if text in ("<<", "="):
+            self.fail(f"a merge key or value sign ({text}); put it in quotes", at)
+        if _DATE.fullmatch(text):
+            self.fail("a date; put it in quotes", at)
+        integer = _INTEGER.fullmatch(text)
+        if not integer and not _FLOAT.fullmatch(text):
+            return text
+        if len(text) > MAX_NUMBER_CHARS:
+            self.fail(f"a number of more than {MAX_NUMBER_CHARS} characters; put it in quotes", at)
+        digits = text.replace("_", "").lstrip("+-")
+        base = 0 if not integer else {"0b": 2, "0x": 16}.get(digits[:2], 8 if digits[0] == "0" else 10)
+        value: float = 0 if integer else 0.0
+        weight = 1
         try:
-            return _plain_value("".join(pieces))
-        except ValueError as error:
-            raise ConfigError(str(error), **self.place(start)) from error
+            for part in reversed(digits.split(":")):  # in this order PyYAML rounds
+                value, weight = value + (int(part, base) if integer else float(part)) * weight, weight * 60
+            str(value)  # for messages
+        except (ValueError, OverflowError):  # 0x_, 1:0:0:….5, too many digits
+            self.fail("a number that has no value; put it in quotes", at)
+        return -value if text[0] == "-" else value
 
     def quoted(self) -> str:
-        quote = self.char
-        whole, part = _QUOTED[quote]
-        match = self.see(whole)
-        if not match:
-            self.fail(f"the closing {quote} is missing; add it")
+        whole, part = _QUOTED[self.char]
+        if not (match := self.see(whole)):
+            self.fail(f"the closing {self.char} is missing; add it")
         if re.search(r"\n(?:---|\.\.\.)[ \t\n]", match[1]):
             self.fail("a document marker (--- or ...) inside quotes; indent it")
         offset, self.pos = self.pos + 1, match.end()
         return part.sub(lambda part: self.meant(part[0], offset + part.start()), match[1])
 
     def meant(self, part: str, at: int) -> str:
-        """Return what a piece of quoted text means."""
         if part[0] != "\\":
             return "'" if part == "''" else _folded(part)
         if part[1] == "\n":
@@ -492,72 +462,40 @@ class _YamlReader:
         return chr(int(part[2:], 16))
 
     def block_scalar(self, indent: int) -> str:
-        """The `|` or `>` scalar at the cursor, in a collection at `indent`."""
-        header = self.see(_BLOCK_HEADER)
-        if not header:
+        if not (header := self.see(_BLOCK_HEADER)):
             self.fail("only +, -, a digit and a comment may follow | or >; quote text")
         self.pos = header.end()
         digit, chomping = header[2].strip("+-"), header[2].strip("123456789")
-        # 1. The column of the text: given, or the deepest up to its first character.
+        # 1. The column of the text: given, or the deepest so far.
         column = max(indent + 1, 1)
         if digit:
             column += int(digit) - 1
         elif leading := self.see(_LEADING_LINES):
             column = max(column, *map(len, leading[0].split("\n")))
-        # 2. Its lines. The cursor stays on the line break before the first line that isn't taken.
+        # 2. Its lines. The cursor stays before the next line break.
         lines = self.take(re.compile(rf"(?:\n(?: {{{column}}}[^\n\0]*| *(?=[\n\0])))*")).split("\n")[1:]
-        whole = "\n".join([line[column:] for line in lines])
-        if lines and self.char == "\n":
-            whole += "\n"
-        # 3. Its line breaks: folded inside, cut or kept at the end.
+        whole = "\n".join([line[column:] for line in lines]) + "\n" * (bool(lines) and self.char == "\n")
+        # 3. Its line breaks.
         text = whole.rstrip("\n")
-        end = {"": whole[len(text) :][:1] if text else "", "-": "", "+": whole[len(text) :]}[chomping]
+        breaks = whole[len(text) :]
         if header[1] == ">":
-            text = re.sub(
-                r"(?m)^([^ \t\n].*)\n(\n*)(?=[^ \t\n])", lambda line: line[1] + (line[2] or " "), text
-            )
-        return text + end
+            fold = re.compile(r"^([^ \t\n].*)\n(\n*)(?=[^ \t\n])", re.MULTILINE)
+            text = fold.sub(lambda line: line[1] + (line[2] or " "), text)
+        return text + {"": breaks[: bool(text)], "-": "", "+": breaks}[chomping]
 
 
 def _folded(blanks: str) -> str:
-    """Blanks of a wrapped scalar: a line break is a space, n are n - 1."""
+    """In a wrapped scalar a line break is a space, n are n - 1."""
     breaks = blanks.count("\n")
     return "\n" * (breaks - 1) or " " if breaks else blanks
-
-
-def _plain_value(text: str) -> object:
-    """The value of a plain scalar in YAML 1.1; ValueError if it has none."""
-    word = text.lower()
-    if word in _YAML_WORDS and text in {word, word.title(), word.upper(), ".NaN"} - {".Nan"}:
-        return _YAML_WORDS[word]
-    if text in ("<<", "="):
-        raise ValueError(f"a merge key or value sign ({text}); put it in quotes")
-    if _DATE.fullmatch(text):
-        raise ValueError("a date; put it in quotes")
-    integer = _INTEGER.fullmatch(text)
-    if not integer and not _FLOAT.fullmatch(text):
-        return text
-    if len(text) > MAX_NUMBER_CHARS:
-        raise ValueError(f"a number of more than {MAX_NUMBER_CHARS} characters; put it in quotes")
-    digits = text.replace("_", "").lstrip("+-")
-    base = 0 if not integer else {"0b": 2, "0x": 16}.get(digits[:2], 8 if digits[0] == "0" else 10)
-    value: float = 0 if integer else 0.0
-    weight = 1
-    try:
-        for part in reversed(digits.split(":")):  # in this order PyYAML rounds
-            value, weight = value + (int(part, base) if integer else float(part)) * weight, weight * 60
-        str(value)  # as messages show it
-    except (ValueError, OverflowError) as error:  # 0x_, 1:0:0:….5, more digits than this Python takes
-        raise ValueError("a number that has no value; put it in quotes") from error
-    return -value if text[0] == "-" else value
 
 
 # --- settings
 
 SITE_FILE = "mxcp-site.yml"
-MAX_DURATION_S = 100 * 365 * 86400.0  # arbitrary; datetime and locks can take more
-MIN_INPUT_BYTES = 256  # arbitrary
-MAX_INPUT_BYTES = 64 * 2**20  # what the writer's queue holds
+MAX_DURATION_S = 100 * 365 * 86400.0
+MIN_INPUT_BYTES = 256
+MAX_INPUT_BYTES = 64 * 2**20  # of the writer's queue
 
 _UNITS_S = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
@@ -569,8 +507,7 @@ class Config(NamedTuple):
 
     Args:
         path: absolute path of the database file, or an ATTACH target such as "postgres:…".
-        site_file: absolute path of the site file, or None.
-        journal: absolute path of the journal directory; None is "<path>.journal".
+        site_file, journal: absolute paths, or None; the journal's is by default "<path>.journal".
         sources: where each of the others came from: "default", "argument", "MXCP_PROFILE", or file and
             line such as "mxcp-site.yml:12".
     """
@@ -598,25 +535,23 @@ class Config(NamedTuple):
     sources: Mapping[str, str] = types.MappingProxyType({})
 
     def __repr__(self) -> str:
-        shown = [
-            f"{name}={value!r}" for name, value in self._asdict().items() if name not in ("path", "attach")
-        ]
-        return f"Config({', '.join(shown)})"
+        shown = self._asdict()
+        del shown["path"], shown["attach"]
+        return f"Config({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     @property
     def journal_directory(self) -> str:
-        """Where the journal is: `journal`, or beside a database file."""
+        """`journal`, or the directory beside the database file."""
         return self.journal or self.path + ".journal"
 
 
 def parse_duration(text: str) -> float:
     """Return the seconds of a text such as "10m" or "1h30m"."""
-    is_duration = isinstance(text, str) and re.fullmatch(r"(?:[0-9]{1,12}(?:ms|[smhdw]))+", text)
-    parts = re.findall("([0-9]+)([a-z]+)", text) if is_duration else ()
-    seconds = float(sum(int(number) * _UNITS_S[unit] for number, unit in parts))
-    if not 0 < seconds <= MAX_DURATION_S:
+    parts = re.findall("([0-9]{1,12})(ms|[smhdw])", str(text))
+    seconds = sum((int(number) * _UNITS_S[unit] for number, unit in parts), 0.0)
+    if "".join(map("".join, parts)) != text or not 0 < seconds <= MAX_DURATION_S:
         problem = f'{text!r:.60} is no duration such as "10m" or "1h30m"; write whole numbers with a unit'
-        raise ValueError(f"{problem} (ms, s, m, h, d, w), more than 0 and at most 100 years")
+        raise ValueError(f"{problem} (ms, s, m, h, d, w), up to 100 years")
     return seconds
 
 
@@ -625,11 +560,9 @@ def is_attach_target(path: str) -> bool:
     return re.match("[A-Za-z0-9_]{2,}:", path) is not None  # DuckDB's own rule; C: is a drive
 
 
-# What is no secret in a connection string and in `attach`.
-_PUBLIC_KEYS = re.compile(
-    "dbname|host|hostaddr|port|user|service|sslmode|application_name|connect_timeout", re.IGNORECASE
-)
-_PUBLIC_OPTIONS = re.compile("type|data_path|schema|metadata_schema|metadata_catalog|secret", re.IGNORECASE)
+# No secrets in a connection string and in `attach`.
+_PUBLIC_KEYS = re.compile("(?i)dbname|host(addr)?|port|user|service|sslmode|application_name|connect_timeout")
+_PUBLIC_OPTIONS = re.compile("(?i)type|data_path|(metadata_)?schema|metadata_catalog|secret")
 _PREFIXES = re.compile(r"(?:[A-Za-z0-9_]{2,}:(?!//))*")  # such as "ducklake:postgres:"
 _PAIR = re.compile(r"(\w+)\s*=\s*('(?:[^'\\]|\\.)*'|(?:[^\s\\]|\\.)*)")
 _PIECE = re.compile(r"[^\s=:/@?&;,'\"]{3,}")
@@ -651,7 +584,7 @@ def public_target(target: str) -> str:
 
 
 def hide_secrets(text: str, target: str, options: Mapping[str, object]) -> str:
-    """Return an engine's message, unless it repeats secrets of the target."""
+    """Return a message, unless it repeats secrets of the target."""
     public, start = public_target(target), len(_PREFIXES.findall(target)[0])
     if target[start:]:
         text = text.replace(target[start:], public[start:])
@@ -665,7 +598,7 @@ def hide_secrets(text: str, target: str, options: Mapping[str, object]) -> str:
 
 class Setting(NamedTuple):
     must_be: str
-    check: Callable[[Any], object]  # returns the value as `Config` has it, or None, or raises ValueError
+    check: Callable[[Any], object]  # returns what `Config` holds, or None, or raises ValueError
 
 
 def _described(value: object) -> str:
@@ -688,8 +621,8 @@ def _path(value: object) -> str:
 def _database(value: object) -> str:
     path = _path(value)
     if path.lower().endswith(".jsonl"):
-        text = "a .jsonl file is the log of newer MXCP versions; name a .duckdb file here"
-        raise ValueError(f"{text} and take the log in with `mxcp-audit import FILE`")
+        text = "a .jsonl file is a newer MXCP's log; name a .duckdb file"
+        raise ValueError(f"{text}, and take the log in with `mxcp-audit import FILE`")
     if path == ":memory:":
         raise ValueError("a database in memory would be lost; name a file")
     return path
@@ -715,7 +648,7 @@ def _names(value: object) -> tuple[str, ...] | None:
 
 
 def _networks(value: object) -> tuple[str, ...] | None:
-    import ipaddress  # lazily: few have proxies
+    import ipaddress
 
     names = _names(value)
     for name in names or ():
@@ -725,12 +658,12 @@ def _networks(value: object) -> tuple[str, ...] | None:
 
 def _options(value: object) -> dict[str, str | int | float | bool]:
     if not isinstance(value, Mapping):
-        raise ValueError("must be a mapping of options, such as {DATA_PATH: lake/}")  # it may hold a secret
+        raise ValueError("must be a mapping of options, such as {DATA_PATH: lake/}")  # may be secret
     for name, option in value.items():
-        if not isinstance(name, str) or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name if isinstance(name, str) else ""):
             raise ValueError(f"{name!r:.60}: the name of an option has letters, digits and _ only")
         if not isinstance(option, (str, int, float)) or (isinstance(option, float) and not isfinite(option)):
-            raise ValueError(f"{name} must be text, a number or a boolean, not {_described(option)}")
+            raise ValueError(f"{name} must be text, a number or a boolean")
     return dict(value)
 
 
@@ -768,15 +701,13 @@ SETTINGS = {
 
 
 def check_settings(
-    settings: Mapping[str, object],
-    place: Callable[[str], Mapping[str, Any]] = lambda name: {"trail": (name,)},
+    settings: Mapping[str, object], place: Callable[[str], dict[str, Any]] = lambda name: {"trail": (name,)}
 ) -> dict[str, Any]:
-    """Return the settings as `Config` holds them; `place` tells their places."""
     checked = {}
     for name, value in settings.items():
         try:
             if name not in SETTINGS:
-                import difflib  # 5 ms that only an error needs
+                import difflib
 
                 near = difflib.get_close_matches(str(name), SETTINGS, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(SETTINGS)}"
@@ -801,7 +732,7 @@ class _SiteFile(_YamlReader):
                 data = file.read(MAX_SITE_FILE_BYTES + 1)
             if len(data) > MAX_SITE_FILE_BYTES:
                 raise ValueError(f"it has more than {MAX_SITE_FILE_BYTES} bytes")
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the path, too
+        except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(f"the site file can't be read: {reason}", path=path) from error
         super().__init__(data, path)
@@ -811,7 +742,7 @@ class _SiteFile(_YamlReader):
         self.root: dict[object, Any] = root or {}
 
     def at(self, *keys: object) -> dict[str, Any]:
-        """Return the place of a key, or of the last one that exists."""
+        """Return the place of a key, or of the last that exists."""
         position, value = 0, self.root
         for key in keys:
             if (id(value), key) not in self.places:
@@ -823,7 +754,7 @@ class _SiteFile(_YamlReader):
         return f"{os.path.basename(self.path or '')}:{self.at(*keys)['line']}"
 
     def section(self, *keys: str) -> dict[object, Any]:
-        """Return the mapping at these keys; empty where one is missing."""
+        """Return the mapping at these keys; {} where one is missing."""
         value = self.root
         for depth, key in enumerate(keys, 1):
             value = {} if value.get(key) is None else value[key]
@@ -832,14 +763,13 @@ class _SiteFile(_YamlReader):
         return value
 
     def profile(self, argument: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
-        """The name of the profile that holds, and who chose it."""
         chosen: dict[str, object] = {
             "argument": argument,
             "MXCP_PROFILE": environ.get("MXCP_PROFILE") or None,
             self.source("profile"): self.root.get("profile"),
             "default": "default",
         }
-        source, name = next((source, name) for source, name in chosen.items() if name is not None)
+        source, name = next(choice for choice in chosen.items() if choice[1] is not None)
         profiles = self.section("profiles")
         if not isinstance(name, str) or not name:
             problem = f"must be the name of a profile, not {_described(name)}; put text in quotes"
@@ -852,7 +782,6 @@ class _SiteFile(_YamlReader):
 
 
 def config_from_arguments(path: str | os.PathLike[str], **settings: object) -> Config:
-    """Return the settings of keyword arguments."""
     given = {"path": path, **{name: value for name, value in settings.items() if value is not None}}
     checked = check_settings(given)
     is_remote = is_attach_target(checked["path"])
@@ -883,13 +812,13 @@ def load_config(
         ConfigError: no site file, an unreadable one, an unknown profile, or a wrong setting; with its place.
     """
     try:
-        start = os.path.abspath(cwd if cwd is not None else os.getcwd())
+        start = os.path.abspath(cwd or "")
     except OSError as error:
         raise ConfigError(f"the working directory is gone ({error.strerror})") from error
     site_file = find_site_file(start) if config is None else os.path.join(start, config)
     if site_file is None:
-        text = f"there is no {SITE_FILE} here or above; name one with --config or config=, do without by --db"
-        text += " or AuditLogger(path), or create one: profiles: {default: {audit: {enabled: true}}}"
+        text = f"there is no {SITE_FILE} here or above; name one with --config or config=, use --db or"
+        text += " AuditLogger(path), or create one: profiles: {default: {audit: {enabled: true}}}"
         raise ConfigError(text, path=start)
     site = _SiteFile(site_file)
     name, chosen_by = site.profile(profile, os.environ if environ is None else environ)
@@ -916,7 +845,7 @@ def load_config(
 
 
 def find_site_file(folder: str) -> str | None:
-    """Return the site file in a folder or the nearest above it, or None."""
+    """Return the site file in a folder, or the nearest above, or None."""
     while not os.path.lexists(path := os.path.join(folder, SITE_FILE)):
         folder, below = os.path.dirname(folder), folder
         if folder == below:
@@ -927,7 +856,7 @@ def find_site_file(folder: str) -> str | None:
 # === Events ===
 # depends on: Errors
 #
-# Only COLUMNS knows the columns. The first ten are the specification's; new ones go to NEW_COLUMNS.
+# Only COLUMNS knows the columns. The first ten are the specification's.
 
 
 class Column(NamedTuple):
@@ -944,7 +873,7 @@ COLUMNS = tuple(
         "context segment seq:i",
     )
 )
-# Since 0.2; where they are NULL, lines and hashes of rows are as without them.
+# Since 0.2; lines and hashes of rows leave out those that are NULL.
 NEW_COLUMNS = COLUMNS[13:-2]
 EVENT_TYPES = ("tool", "resource", "prompt")
 POLICY_DECISIONS = ("allow", "deny", "warn", "n/a")
@@ -952,20 +881,13 @@ STATUSES = ("success", "error")
 MAX_DURATION_MS = 2**31 - 1  # DuckDB refuses a whole segment for one more
 LARGEST = {"INTEGER": MAX_DURATION_MS, "BIGINT": 2**63 - 1}
 
-wall_clock_ns = time.time_ns  # recorded; intervals use the monotonic clock
-
-_SEGMENT_ID = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{8}")
+wall_clock_ns = time.time_ns
 
 
 def new_segment_id(now_ns: int) -> str:
-    """Return `<UTC to the microsecond>-<8 hex>`: sorted by age, unguessable."""
-    second, ns = divmod(now_ns, 1_000_000_000)
-    return f"{_stamp(second)}{ns // 1000:06d}Z-{os.urandom(4).hex()}"
-
-
-@functools.lru_cache(maxsize=1)
-def _stamp(second: int) -> str:
-    return time.strftime("%Y%m%dT%H%M%S", time.gmtime(second))
+    """Return `<UTC time>-<8 hex>`: sorted by age, unguessable."""
+    second, ns = divmod(now_ns, 10**9)
+    return f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime(second))}{ns // 1000:06d}Z-{os.urandom(4).hex()}"
 
 
 def utc_now() -> datetime.datetime:
@@ -986,13 +908,12 @@ def microseconds(moment: str) -> int:
 
 
 def iso_time(us: int | None) -> str | None:
-    """Return microseconds since the epoch as ISO 8601, if a year has them."""
+    """Return microseconds since the epoch as ISO 8601, if possible."""
     if us is None:
         return None
-    try:
+    with suppress(OverflowError):
         return (_EPOCH_START + datetime.timedelta(microseconds=us)).isoformat(timespec="microseconds") + "Z"
-    except OverflowError:
-        return f"{us} microseconds"
+    return f"{us} microseconds"
 
 
 _ISO_8601 = re.compile(
@@ -1001,7 +922,7 @@ _ISO_8601 = re.compile(
 
 
 def parse_iso(text: object, *, local: bool = False) -> datetime.datetime:
-    """Return the moment of ISO 8601 text; without a zone it is UTC or `local`."""
+    """Return the moment of ISO 8601 text, by default in UTC."""
     match = _ISO_8601.fullmatch(text) if isinstance(text, str) else None
     if match is None:
         raise ValueError("is no time")
@@ -1017,15 +938,15 @@ LINE_TIME = "%Y-%m-%dT%H:%M:%S.%fZ"  # of lines, for `strptime`
 
 
 def is_segment_id(text: str) -> bool:
-    return _SEGMENT_ID.fullmatch(text) is not None
+    return re.fullmatch(r"\d{8}T\d{12}Z-[0-9a-f]{8}", text) is not None
 
 
 def parse_event_id(text: str) -> tuple[str, int]:
     """Return the parts of an event id, `<segment>:<seq>`."""
     segment, _, seq = text.strip().rpartition(":")
-    if not is_segment_id(segment) or not re.fullmatch(r"[1-9][0-9]{0,9}", seq):
-        raise EventError(f"{text!r} is no event id; one looks like {new_segment_id(0)}:1", field="event_id")
-    return segment, int(seq)
+    if is_segment_id(segment) and re.fullmatch("[1-9][0-9]{0,9}", seq):
+        return segment, int(seq)
+    raise EventError(f"{text!r} is no event id; one looks like {new_segment_id(0)}:1", field="event_id")
 
 
 # === Redaction ===
@@ -2023,7 +1944,7 @@ _CONTENTS: tuple[tuple[Any, Callable[[Any], object]], ...] = (
     (dict, lambda value: dict(dict.items(value))),
     (BaseException, lambda value: f"{_type_name(value)}: {_text_of(value, str)}".removesuffix(": ")),
     ((set, frozenset), lambda value: sorted(value, key=lambda item: (_type_name(item), _text_of(item)))),
-    ((list, collections.deque, MappingView), list),
+    ((list, collections.deque, collections.abc.MappingView), list),
     (tuple, lambda value: list(value) if (members := _members(value)) is None else members),
 )
 
@@ -2532,7 +2453,7 @@ class Redactor:
 # depends on: Events, Redaction
 #
 # Event → line (docs/journal-format.md), line → event. Only the writer knows `seq`, which comes last. Lone
-# surrogates, invalid UTF-8, NUL and integers past INTEGER never pass: DuckDB would reject the whole file.
+# surrogates, invalid UTF-8, NUL and integers past INTEGER don't pass: DuckDB would reject a file for one.
 
 # --- what is too large
 
@@ -2548,9 +2469,9 @@ def clip_plain(plain: Any, max_bytes: int) -> Any:
     room = left = max_bytes - 14 - len(json.dumps(note))
     if room < 64:
         return _clip_text(note, max_bytes)
-    # 1. The last entries go, until each of the rest has room for a marker at least.
+    # 1. Last entries go, until each of the rest has room for a marker.
     is_list = isinstance(plain, list)
-    pairs: Any = enumerate(plain) if is_list else plain.items()  # type: ignore[union-attr]
+    pairs: Any = plain.items() if isinstance(plain, dict) else enumerate(plain)
     out: dict[Any, Any] = {}
     sizes: dict[Any, int] = {}
     for key, item in pairs:
@@ -2562,7 +2483,7 @@ def clip_plain(plain: Any, max_bytes: int) -> Any:
             break
         left -= overhead
         out[key], sizes[key] = item, item_size
-    # 2. The small ones take what they need, the large ones share the rest.
+    # 2. Small ones take what they need, large ones share the rest.
     for rank, key in enumerate(sorted(out, key=sizes.__getitem__)):
         share = min(sizes[key], left // (len(out) - rank))
         left -= share
@@ -2588,7 +2509,7 @@ def _clip_text(text: str, max_bytes: int) -> str:
 
 # --- lines
 
-_CACHE_SIZE, _CACHED_CHARS = 1024, 512  # arbitrary: a server has tens of names, callers make up more
+_CACHE_SIZE, _CACHED_CHARS = 1024, 512
 _NAME_BYTES = 1024  # of a name or an id
 _TEXT_BYTES = 2**16  # of an error or a reason
 REPLACEMENT = "\ufffd"
@@ -2597,7 +2518,7 @@ _NO_MORE = (None,) * len(NEW_COLUMNS)
 _PLAIN_ID = re.compile(r"[0-9a-f-]{1,64}|[A-Za-z0-9_.@-]{1,15}")  # no secret; needs no escape
 _FRAME = ("caller", "event_type", "name", "policy_decision", "status")
 _ALLOWED = {"event_type": EVENT_TYPES, "policy_decision": POLICY_DECISIONS, "status": STATUSES}
-_ESCAPED_NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")  # behind an even number of backslashes
+_ESCAPED_NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
 
 
 class Json(str):
@@ -2610,22 +2531,17 @@ class Encoder:
     def __init__(
         self, redactor: Redactor, *, max_input_bytes: int, clock: Callable[[], int] = wall_clock_ns
     ) -> None:
-        self._redactor = redactor
-        self._max_input_bytes = max_input_bytes
-        self._clock = clock
+        self._redactor, self._max_input_bytes, self._clock = redactor, max_input_bytes, clock
         self._second = (-1, "")  # threads never see half of a tuple
         self._cache: dict[tuple[object, ...], Any] = {}  # frames and parties
 
-    def input_json(
-        self, input_params: object, name: object, endpoint_def: object, echoes: list[str] | None
-    ) -> str:
-        """Return the redacted input as a JSON text in JSON, or `null`."""
-        if input_params is None:
+    def input_json(self, given: object, name: object, endpoint_def: object, echoes: list[str] | None) -> str:
+        """Return the redacted input as JSON in JSON, or `null`."""
+        if given is None:
             return "null"
         tool, limit = name if type(name) is str else None, self._max_input_bytes
-        text = self._redactor.redact_json(
-            input_params, tool=tool, endpoint_def=endpoint_def, echoes=echoes, limit=limit
-        )
+        redact = self._redactor.redact_json
+        text = redact(given, tool=tool, endpoint_def=endpoint_def, echoes=echoes, limit=limit)
         return encode_text(self._clipped(text) if len(text) * 4 > limit or "\\u0000" in text else text)
 
     def line(
@@ -2647,7 +2563,7 @@ class Encoder:
         *,
         ago: int = 0,
     ) -> bytes:
-        """Return the line of an event `ago` ns before now, for `finish_line`; `more`: of NEW_COLUMNS.
+        """Return a line for `finish_line`, of `ago` ns before now; `more`: of NEW_COLUMNS.
 
         Values that are not allowed are recorded as given, and `reason` says so.
         """
@@ -2657,7 +2573,7 @@ class Encoder:
             stamp = self._second = (second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)))
         try:
             head, middle, tail, flag = self._cache[caller, event_type, name, policy_decision, status]
-        except Exception:  # a new one, or whatever the __hash__ of a part raises
+        except Exception:  # new, or its __hash__ raises
             head, middle, tail, flag = self._frame(caller, event_type, name, policy_decision, status)
         if type(duration_ms) is not int or not 0 <= duration_ms <= MAX_DURATION_MS:
             duration_ms = _clamped(duration_ms)
@@ -2665,10 +2581,8 @@ class Encoder:
                 duration_ms, flag = "null", flag + "; mxcp_audit: duration_ms is no number"
         ids, rest = _NO_IDS, ""
         if user_id is not None or session_id is not None or trace_id is not None:
-            ids = (
-                f',"user_id":{self._json(user_id)},"session_id":{self._json(session_id)}'
-                f',"trace_id":{self._json(trace_id)}'
-            )
+            text = self._json
+            ids = f',"user_id":{text(user_id)},"session_id":{text(session_id)},"trace_id":{text(trace_id)}'
         if more != _NO_MORE:
             rest, more_flag = self._more(more)
             flag += more_flag
@@ -2676,31 +2590,32 @@ class Encoder:
         if flag:
             reason_json = f'"{flag[2:]}"' if reason is None else f'{reason_json[:-1]}{flag}"'
         error_json = "null" if error is None else encode_text(self._clean(error, echoes, _TEXT_BYTES))
-        text = (
+        line = (
             f'{{"timestamp":"{stamp[1]}.{ns // 1000:06d}{head}{input_json},"duration_ms":{duration_ms}'
             f"{middle}{reason_json}{tail}{error_json}{ids}{rest}"
         )
         try:
-            return text.encode()
-        except UnicodeEncodeError:  # lone surrogates; a pair of them is one character
-            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+            return line.encode()
+        except UnicodeEncodeError:  # surrogates; a pair is one character
+            return line.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
     def _frame(self, *parts: object) -> tuple[str, str, str, str]:
-        """Return what surrounds the changing parts, and what `reason` must say."""
+        """Return what surrounds the changing parts, and a flag for `reason`."""
         texts, flag = [], ""
         for argument, part in zip(_FRAME, parts):
             text = self._clean("n/a" if part is None and argument == "policy_decision" else part)
             texts.append(encode_text(text))
-            if text not in _ALLOWED.get(argument, (text,)):
-                flag += f"; mxcp_audit: {argument} is none of {', '.join(_ALLOWED[argument])}"
+            allowed = _ALLOWED.get(argument, (text,))
+            if text not in allowed:
+                flag += f"; mxcp_audit: {argument} is none of {', '.join(allowed)}"
         head = f'Z","caller":{texts[0]},"type":{texts[1]},"name":{texts[2]},"input_json":'
         frame = head, f',"policy_decision":{texts[3]},"reason":', f',"status":{texts[4]},"error":', flag
         self._keep(parts, frame)
         return frame
 
     def _more(self, more: Sequence[object]) -> tuple[str, str]:
-        """Return the members for NEW_COLUMNS, and what `reason` must say."""
-        parties = tuple(more[:4])  # who calls which server, the same for a session
+        """Return the members for NEW_COLUMNS, and a flag for `reason`."""
+        parties = tuple(more[:4])  # the same for a session
         try:
             text = self._cache[parties]
         except Exception:  # as in `line`
@@ -2721,16 +2636,15 @@ class Encoder:
         return text, flag
 
     def _keep(self, parts: tuple[object, ...], made: object) -> None:
-        texts = [part for part in parts if part is not None]
-        if all(type(text) is str for text in texts) and sum(map(len, texts)) <= _CACHED_CHARS:  # type: ignore[arg-type]
+        texts: list[Any] = [part for part in parts if part is not None]
+        if all(type(text) is str for text in texts) and sum(map(len, texts)) <= _CACHED_CHARS:
             if len(self._cache) >= _CACHE_SIZE:
                 self._cache.clear()
             self._cache[parts] = made
 
     def _members(self, columns: Sequence[Column], values: Sequence[object]) -> str:
-        return "".join(
-            [f',"{c.name}":{self._json(value)}' for c, value in zip(columns, values) if value is not None]
-        )
+        pairs = [(column.name, value) for column, value in zip(columns, values) if value is not None]
+        return "".join([f',"{name}":{self._json(value)}' for name, value in pairs])
 
     def _json(self, value: object) -> str:
         if type(value) is str and _PLAIN_ID.fullmatch(value):
@@ -2739,12 +2653,10 @@ class Encoder:
 
     def _clean(self, value: object, echoes: Sequence[str] = (), limit: int = _NAME_BYTES) -> str:
         """Return a text without secrets, cut to `limit` bytes."""
-        if type(value) is str:
-            whole = value
-        else:
-            whole = self._redactor.redact_json(value)
-            whole = json.loads(whole) if whole[0] == '"' else whole
-        # Only twice the limit is redacted; its end goes, as a secret that is cut there is not recognized.
+        whole = value if type(value) is str else self._redactor.redact_json(value)
+        if whole is not value and whole[0] == '"':
+            whole = json.loads(whole)
+        # Twice the limit is redacted, half of that kept: a secret that is cut isn't recognized.
         text = self._redactor.scrub(whole[: 2 * limit], echoes).replace("\0", REPLACEMENT)
         fits = len(whole) <= 2 * limit
         data = (text if fits else text[:-limit]).encode("utf-8", "surrogatepass")
@@ -2765,12 +2677,11 @@ def finish_line(line: bytes, seq: int) -> bytes:
 
 
 def _clamped(duration_ms: Any) -> int | None:
-    """Return an integer of 0 … 2³¹−1, or None for what is no number."""
     try:
         return round(min(max(0.0, float(duration_ms)), MAX_DURATION_MS))  # in this order NaN becomes 0
-    except OverflowError:  # an integer that is no float
+    except OverflowError:
         return 0 if duration_ms < 0 else MAX_DURATION_MS
-    except Exception:  # whatever a __float__ raises
+    except Exception:  # of a __float__
         return None
 
 
@@ -2805,9 +2716,9 @@ def event_of_line(line: bytes) -> dict[str, Any]:
 # === Journal ===
 # depends on: Errors, Events, Encoding
 #
-# The append-only files between server and database (docs/journal-format.md). A process writes its own
-# segments only, and holds their locks (flock: pids are reused) while it does. A name never changes, as a
-# rename makes a reader's query fail. Without locks nobody knows who lives, and nothing is ingested.
+# The append-only files between server and database (docs/journal-format.md). A process writes only its own
+# segments, and holds their locks (flock: pids are reused) meanwhile. A name never changes, as a rename makes
+# a reader's query fail. Without locks nobody knows who lives, and nothing is ingested.
 
 JOURNAL_FORMAT = 2  # of names and lines
 SEGMENT_SUFFIX = ".jsonl"
@@ -2821,30 +2732,29 @@ FILE_MODES = {False: 0o600, True: 0o660}  # True: for a group
 _GROUP_MODE = 0o2770
 # Follow no link, and wait for no other end of a FIFO.
 _NO_FOLLOW = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
-_MOST_CLAIMS = 4096  # arbitrary: segments in one transaction
-_SMALL_BYTES = 2**18  # arbitrary: of segments that are combined
+_MOST_CLAIMS = 4096  # in one transaction
+_SMALL_BYTES = 2**18  # of segments that are combined
 COMBINED = "combined"
 _GONE = {errno.ENOENT, errno.ENOTDIR, getattr(errno, "ESTALE", errno.ENOENT)}
-_TURN_SECONDS = 5.0  # in which an ingest that asks goes first
-_ORPHAN_SECONDS = 60.0  # arbitrary
-_LOCK_OFFSET = 2**62  # Windows locks bytes against reading: one that never exists
+_TURN_SECONDS = 5.0  # of an ingest that asks
+_ORPHAN_SECONDS = 60.0
+_LOCK_OFFSET = 2**62  # Windows locks bytes against reading
 
 
 def try_lock(fd: int, *, shared: bool = False) -> bool:
-    """Take the lock of an open file; False if somebody else has it."""
-    try:
+    """Take a file's lock; False if somebody else has it."""
+    with suppress(BlockingIOError, PermissionError):
         if sys.platform != "win32":
             fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         else:
             os.lseek(fd, _LOCK_OFFSET, os.SEEK_SET)
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-    except (BlockingIOError, PermissionError):
-        return False
-    return True
+        return True
+    return False
 
 
 def unlock(fd: int) -> None:
-    """Release a lock, even one that a child of a foreign fork shares."""
+    """Release a lock, though a forked child may share it."""
     if sys.platform != "win32":
         with suppress(OSError):
             fcntl.flock(fd, fcntl.LOCK_UN)
@@ -2852,7 +2762,7 @@ def unlock(fd: int) -> None:
 
 @contextlib.contextmanager
 def trying_lock(fd: int, *, shared: bool = False) -> Iterator[bool]:
-    """Try the lock of an open file, and close the file in the end."""
+    """Try a file's lock, and close the file in the end."""
     try:
         yield try_lock(fd, shared=shared)
     finally:
@@ -2865,7 +2775,7 @@ def _key(found: os.stat_result) -> tuple[int, int]:
 
 
 def _key_at(path: str) -> tuple[int, int] | None:
-    """Return device and inode of a file, or None; links are not followed."""
+    """Return the key of a file or link, or None."""
     try:
         return _key(os.lstat(path))
     except OSError as error:
@@ -2874,18 +2784,14 @@ def _key_at(path: str) -> tuple[int, int] | None:
         raise
 
 
-def _os_error(code: int, path: str) -> OSError:
-    return OSError(code, os.strerror(code), path)
-
-
 def file_size_limit() -> float:
-    """Return the size beyond which a write may kill the process (SIGXFSZ)."""
-    try:
+    """Return the size beyond which SIGXFSZ may kill the process."""
+    with suppress(ImportError):  # on Windows
         import resource
-    except ImportError:  # not on Windows
-        return inf
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    return inf if limit == resource.RLIM_INFINITY else limit
+
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        return inf if limit == resource.RLIM_INFINITY else limit
+    return inf
 
 
 def sync_file(path: str, flags: int = os.O_RDWR | _NO_FOLLOW) -> None:
@@ -2898,16 +2804,14 @@ def sync_file(path: str, flags: int = os.O_RDWR | _NO_FOLLOW) -> None:
 
 
 def sync_directory(directory: str) -> None:
-    """Force names in a directory to the disk; Windows needs no such thing."""
     if sys.platform != "win32":
         sync_file(directory, os.O_RDONLY)
 
 
 def _size_of(path: str) -> int:
-    try:
+    with suppress(FileNotFoundError):
         return os.stat(path).st_size
-    except FileNotFoundError:
-        return 0
+    return 0
 
 
 def segment_id_of(path: str) -> str:
@@ -2915,7 +2819,7 @@ def segment_id_of(path: str) -> str:
 
 
 def give_to_owner(path: str, fd: int | None = None) -> None:
-    """Give what root made to the directory's owner, who must use it."""
+    """Give what root made to the directory's owner."""
     if getattr(os, "geteuid", lambda: -1)() == 0:
         owner = os.stat(os.path.dirname(path) or os.curdir)
         made = os.lstat(path) if fd is None else os.fstat(fd)
@@ -2924,12 +2828,11 @@ def give_to_owner(path: str, fd: int | None = None) -> None:
 
 
 def is_for_group(directory: str) -> bool:
-    """Return True for the directory of a journal with `group`."""
     return os.stat(directory or os.curdir).st_mode & _GROUP_MODE == _GROUP_MODE
 
 
 def open_file(path: str) -> IO[bytes]:
-    """Open a file that may be somebody else's, to read it."""
+    """Open a file to read it, but no link."""
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NO_FOLLOW))
 
 
@@ -2939,19 +2842,19 @@ def read_file(path: str) -> bytes:
 
 
 def read_lines(path: str) -> bytes:
-    """Return the whole lines of a file that somebody may be writing."""
+    """Return the whole lines of a file that may be growing."""
     data = read_file(path)
     return data[: data.rfind(b"\n") + 1]
 
 
 def make_file(path: str, flags: int, *, group: bool | None = None) -> int:
-    """Open a file, new or not, with our mode; links are not followed."""
+    """Open a file, new or not, with our mode, but no link."""
     group = is_for_group(os.path.dirname(path)) if group is None else group
     fd = os.open(path, flags | os.O_CREAT | _NO_FOLLOW, FILE_MODES[group])
     try:
         give_to_owner(path, fd)
         if group:
-            with suppress(PermissionError):  # somebody else made it, and did this
+            with suppress(PermissionError):  # its maker did this
                 os.fchmod(fd, FILE_MODES[True])  # whatever the umask says
     except OSError:
         os.close(fd)
@@ -2967,7 +2870,7 @@ def take_after(path: str, old: os.stat_result) -> None:
 
 
 def file_digest(path: str) -> str:
-    """Return the SHA-256 of a file; never of an open database: see `sync_file`."""
+    """Return the SHA-256 of a file, never of a database: see `sync_file`."""
     import hashlib
 
     digest = hashlib.sha256()
@@ -2978,7 +2881,7 @@ def file_digest(path: str) -> str:
 
 
 def write_file(path: str, data: bytes) -> None:
-    """Write a new file and force it to the disk."""
+    """Make a file and force it to the disk."""
     with open(make_file(path, os.O_WRONLY | os.O_EXCL), "wb") as file:
         file.write(data)
         file.flush()
@@ -2986,7 +2889,7 @@ def write_file(path: str, data: bytes) -> None:
 
 
 def replace_file(path: str, data: bytes) -> None:
-    """Put a file in place of another, whole or not at all."""
+    """Put a file in place, whole or not at all."""
     scratch = f"{path}.{os.urandom(4).hex()}.part"
     try:
         write_file(scratch, data)
@@ -3009,7 +2912,6 @@ class Segment:
 
     @property
     def size(self) -> int:
-        """Bytes of whole lines."""
         return self._end[0]
 
     @property
@@ -3017,18 +2919,18 @@ class Segment:
         return self._end[1]
 
     def append(self, data: bytes, events: int, *, durable: bool = False) -> None:
-        """Write whole lines, all or none. Ask `is_open` right before."""
+        """Write lines, all or none. Ask `is_open` right before."""
         self._mend()
         fd, (size, count) = self._fd, self._end
         if size + len(data) > self._limit:
-            raise _os_error(errno.EFBIG, self.path)
+            raise OSError(errno.EFBIG, "File too large", self.path)
         self._dirty = True
         rest = memoryview(data)
         try:
             while rest:
                 written = os.write(fd, rest)
                 if not written:
-                    raise _os_error(errno.EIO, self.path)
+                    raise OSError(errno.EIO, "no byte was written", self.path)
                 rest = rest[written:]
             if durable:
                 os.fsync(fd)
@@ -3044,19 +2946,18 @@ class Segment:
             self._dirty = False
 
     def number(self) -> int:
-        """Return the descriptor; OSError if it is closed, or is another file's by now."""
+        """Return the descriptor; OSError if it is closed or another file's."""
         if _key(os.fstat(self._fd)) != self._key:
-            raise _os_error(errno.EBADF, self.path)
+            raise OSError(errno.EBADF, "closed", self.path)
         return self._fd
 
     def is_open(self) -> bool:
-        """Return True while the descriptor is this file's."""
         try:
             return self.number() >= 0
         except OSError as error:
             if error.errno not in {errno.EBADF, *_GONE}:
                 raise
-            return error.errno != errno.EBADF  # a stale network handle is ours
+            return error.errno != errno.EBADF  # a stale handle is ours
 
     def is_in_place(self) -> bool:
         return _key_at(self.path) == self._key
@@ -3067,34 +2968,30 @@ class Segment:
     def seal(self) -> None:
         """Close the file, or delete an empty one: anybody may ingest it."""
         self._mend()
-        if self.size:
-            self.close()
-        else:
-            self.discard()
+        (self.close if self.size else self.discard)()
 
     def close(self) -> None:
-        """Close the file as it is, and release its lock."""
+        """Close the file as it is, for good."""
         self.closed = True  # an interrupt may come before it is
         with suppress(OSError):
             unlock(self.number())
         self.forget()
 
     def discard(self) -> None:
-        """Delete the file."""
         with suppress(OSError):
             if self.is_in_place():
                 os.unlink(self.path)
         self.close()
 
     def forget(self) -> None:
-        """Close the descriptor; the lock stays with a parent that has it, too."""
+        """Close the descriptor; a parent keeps the lock."""
         with suppress(OSError):
             os.close(self.number())
         self._fd = -1
 
 
 def calls_in(data: bytes) -> dict[str, dict[str, Any]]:
-    """Return the events of a `.begun` file that have no end in it, by call."""
+    """Return the events in a `.begun` file that have no end, by call."""
     calls: dict[str, dict[str, Any]] = {}
     for line in data.split(b"\n")[:-1]:
         with suppress(ValueError, LookupError, TypeError):  # damaged by a power loss
@@ -3108,7 +3005,7 @@ def calls_in(data: bytes) -> dict[str, dict[str, Any]]:
 
 
 def lines_of(calls: Mapping[str, dict[str, Any]], moment: str, *, over: bool) -> bytes:
-    """Return lines of calls at a moment: over, or running with `seq` 0."""
+    """Return lines of calls: over at a moment, or running, with `seq` 0."""
     lines: list[bytes] = []
     now = datetime.datetime.strptime(moment, LINE_TIME)
     for call, event in sorted(calls.items()):
@@ -3129,32 +3026,29 @@ def lines_of(calls: Mapping[str, dict[str, Any]], moment: str, *, over: bool) ->
 class Claim:
     """A segment without a writer; the ingest lock keeps others away."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, fd: int) -> None:
         self.path, self.id, self._stem = path, segment_id_of(path), path.removesuffix(SEGMENT_SUFFIX)
-
-    def inspect(self, fd: int) -> None:
-        """Count the lines and move a torn tail into `.torn`."""
-        data = read_file(self.path)
+        data = read_file(path)
         self.lines, self.size = data.count(b"\n"), data.rfind(b"\n") + 1
         self.torn = len(data) - self.size
         if self.torn:
             replace_file(self._stem + ".torn", data[self.size :])
             os.ftruncate(fd, self.size)
-        # Whose begin was put on record: the number of the line.
-        found = CALL_OF_LINE.findall(data) if b'"call":"' in data else ()
-        self.calls = {call.decode(): int(seq or 0) for call, seq in found}
+        # Line numbers of calls whose begin was on record.
+        calls = CALL_OF_LINE.findall(data) if b'"call":"' in data else ()
+        self.calls = {call.decode(): int(seq or 0) for call, seq in calls}
 
     def reject(self, faults: Iterable[tuple[int, str, bytes]]) -> None:
         """Keep lines that can't be ingested in `.rejected`, to be repaired."""
-        lines = [
-            json.dumps({"line": number, "reason": reason, "text": line.decode("utf-8", "surrogateescape")})
-            for number, reason, line in faults
-        ]
-        replace_file(self._stem + ".rejected", "".join(f"{line}\n" for line in lines).encode())
+        data = ""
+        for number, reason, line in faults:
+            text = line.decode("utf-8", "surrogateescape")
+            data += json.dumps({"line": number, "reason": reason, "text": text}) + "\n"
+        replace_file(self._stem + ".rejected", data.encode())
 
 
 def combine(paths: Iterable[str], directory: str) -> list[str]:
-    """Put small segments into one file, as DuckDB takes 2 ms for each."""
+    """Put small segments into one file: DuckDB takes 2 ms for each."""
     sizes = {path: size for path in paths if (size := _size_of(path))}
     small = [path for path, size in sizes.items() if size <= _SMALL_BYTES]
     if len(small) < 8:
@@ -3168,7 +3062,7 @@ def combine(paths: Iterable[str], directory: str) -> list[str]:
 
 
 def named_lines(segment: str, lines: bytes) -> bytes:
-    """Return lines of a segment, each with the segment as first member."""
+    """Return lines with their segment as first member."""
     return (b"\n" + lines).replace(b"\n{", b'\n{"segment":"%b",' % segment.encode())[1:]
 
 
@@ -3186,22 +3080,16 @@ class Journal:
     """The directory of segments; the first segment makes it."""
 
     def __init__(
-        self,
-        directory: str | os.PathLike[str],
-        *,
-        group: bool = False,
-        clock: Callable[[], int] = wall_clock_ns,
+        self, folder: str | os.PathLike[str], *, group: bool = False, clock: Callable[[], int] = wall_clock_ns
     ) -> None:
-        self._group, self._clock = group, clock
-        self.directory = os.path.abspath(directory)
+        self.directory, self._group, self._clock = os.path.abspath(folder), group, clock
         self._lock_path = self._path("ingest.lock")
-        self.wal_mark = self._path("journal.wal")  # exists while the WAL holds only what we wrote
+        self.wal_mark = self._path("journal.wal")  # while the WAL holds only what we wrote
 
     def _path(self, name: str) -> str:
         return os.path.join(self.directory, name)
 
     def make_directory(self, *, durable: bool = False) -> None:
-        """Make the directory, or check the existing one."""
         parent = os.path.dirname(self.directory)
         try:
             os.makedirs(parent, exist_ok=True)
@@ -3225,21 +3113,17 @@ class Journal:
             return
         if self._group and found.st_gid in (os.getegid(), *os.getgroups()) and is_for_group(self.directory):
             return
-        # Root works for the owner of the whole place, not for who put a directory there.
+        # Root works for the owner of the place only.
         if os.geteuid() or found.st_uid != os.stat(os.path.dirname(self.directory)).st_uid:
-            text = f"belongs to user {found.st_uid}, who could change what is recorded; work as that user"
-            raise JournalError(f"{text}, make it your own, or set `journal`", path=self.directory)
+            text = f"belongs to user {found.st_uid}; work as that user, make it yours, or set `journal`"
+            raise JournalError(text, path=self.directory)
 
     def _files(self, suffix: str) -> list[str]:
-        """Return the files of a kind, oldest first."""
         try:
             with os.scandir(self.directory) as entries:
-                return sorted(
-                    entry.path
-                    for entry in entries
-                    if entry.name.endswith(suffix) and is_segment_id(entry.name.removesuffix(suffix))
-                    if entry.is_file(follow_symlinks=False)
-                )
+                files = [entry for entry in entries if entry.name.endswith(suffix)]
+                files = [entry for entry in files if is_segment_id(entry.name.removesuffix(suffix))]
+                return sorted(entry.path for entry in files if entry.is_file(follow_symlinks=False))
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -3249,18 +3133,16 @@ class Journal:
         return self._files(SEGMENT_SUFFIX)
 
     def identity(self) -> str:
-        """Return this journal's name in the ledger; hold the ingest lock."""
         path = self._path("journal.id")
         with suppress(FileNotFoundError):
-            known = read_file(path).decode("utf-8", "replace").strip()
-            if re.fullmatch("[0-9a-f]{1,64}", known):
-                return known
+            if known := re.fullmatch(rb"\s*([0-9a-f]{1,64})\s*", read_file(path)):
+                return known[1].decode()
         fresh = os.urandom(8).hex()
         replace_file(path, fresh.encode() + b"\n")
         return fresh
 
     def bind(self, target: str) -> None:
-        """Note the database, and give a copy its own identity; hold the ingest lock."""
+        """Note the database; give a copy its own identity."""
         path, ours, mine = self._path("journal.place"), self._path("journal.id"), [self.directory, target]
         place = other = ""
         with suppress(OSError, ValueError, TypeError):
@@ -3270,13 +3152,9 @@ class Journal:
         if place == self.directory and os.path.isfile(other) and _key_at(other) != _key_at(target):
             text = f"holds the events of {other}; {target} needs one of its own: set `journal`"
             raise JournalError(text, path=self.directory)
-        with suppress(OSError):
-            original = os.path.join(place, "journal.id")  # a link or a second mount is no copy
-            if (
-                place
-                and not os.path.samefile(place, self.directory)
-                and read_file(original) == read_file(ours)
-            ):
+        with suppress(OSError):  # a link or a second mount is no copy
+            is_elsewhere = place and not os.path.samefile(place, self.directory)
+            if is_elsewhere and read_file(os.path.join(place, "journal.id")) == read_file(ours):
                 os.unlink(ours)
         replace_file(path, json.dumps(mine).encode())
 
@@ -3286,7 +3164,6 @@ class Journal:
             os.utime(self._lock_path)
 
     def is_ingest_waiting(self) -> bool:
-        """Return True if an ingest that asked for its turn lately goes on."""
         with suppress(OSError, JournalError):
             if 0 <= self._clock() - os.lstat(self._lock_path).st_mtime_ns < _TURN_SECONDS * 1e9:
                 with self.ingest_lock(shared=True) as is_free:
@@ -3295,7 +3172,7 @@ class Journal:
 
     @contextlib.contextmanager
     def ingest_lock(self, *, shared: bool = False) -> Iterator[bool]:
-        """Hold the lock of an ingest, or with `shared` keep ingests out."""
+        """Hold the ingest lock, or with `shared` keep ingests out."""
         with contextlib.ExitStack() as stack:
             try:
                 if shared:
@@ -3305,7 +3182,7 @@ class Journal:
                     fd = make_file(self._lock_path, os.O_RDWR)
                 locked = stack.enter_context(trying_lock(fd, shared=shared))
             except FileNotFoundError:
-                locked = shared  # readers don't make it, and without it nobody ingests yet
+                locked = shared  # nobody ingests yet
             except OSError as error:
                 text = f"can't be locked: {error.strerror}; nothing is ingested"
                 raise JournalError(text, path=self._lock_path) from error
@@ -3319,24 +3196,21 @@ class Journal:
         return path
 
     def losses(self) -> dict[str, Loss]:
-        """Return the losses that wait for an ingest, by the path of their record."""
-        losses = {}
+        """Return the losses that wait for an ingest, by path."""
+        losses, when = {}, "an unknown time"
         for path in self._files(_LOSS_SUFFIX):
-            with suppress(OSError):  # gone, or not ours to read
+            with suppress(OSError, ValueError, TypeError):  # gone, not ours to read, or damaged
                 data = read_file(path)
-                try:
-                    losses[path] = loss = Loss(**json.loads(data))
-                    if loss.events >> 62 or "\0" in "".join(loss[1:]):
-                        raise ValueError
-                except (ValueError, TypeError):
-                    when = "an unknown time"
-                    losses[path] = Loss(0, when, when, "a record of lost events was damaged")
+                losses[path] = Loss(0, when, when, "a record of lost events was damaged")
+                loss = Loss(**json.loads(data))
+                if not loss.events >> 62 and "\0" not in "".join(loss[1:]):
+                    losses[path] = loss
         return losses
 
     def open_segment(
-        self, *, durable: bool = False, named: str | None = None, suffix: str = SEGMENT_SUFFIX
+        self, durable: bool = False, *, named: str = "", suffix: str = SEGMENT_SUFFIX
     ) -> Segment:
-        """Create a new segment, or a file beside the segments, and lock it."""
+        """Create and lock a segment, or a file beside the segments."""
         self.make_directory(durable=durable)
         while True:
             path = self._path((named or new_segment_id(self._clock())) + suffix)
@@ -3344,16 +3218,16 @@ class Journal:
             with contextlib.ExitStack() as stack:
                 stack.callback(os.close, fd)
                 segment, is_locked = Segment(fd, path), True
-                with suppress(OSError):  # no locks here: nobody will claim it
+                with suppress(OSError):  # no locks here, so nobody claims it
                     is_locked = try_lock(fd)
-                if is_locked and segment.is_in_place():  # else a claimer deleted the empty file
+                if is_locked and segment.is_in_place():  # else somebody claimed it
                     if durable:
                         sync_directory(self.directory)
                     stack.pop_all()
                     return segment
 
     def begun(self, *, live: bool) -> Iterator[tuple[str, str, dict[str, dict[str, Any]]]]:
-        """Yield path, last sign of life and calls of processes that live, or ended."""
+        """Yield path, last sign of life and calls of each process."""
         for path in self._files(_BEGUN_SUFFIX):
             with suppress(OSError), open_file(path) as file:  # gone, not ours, or no locks
                 fd = file.fileno()
@@ -3363,12 +3237,11 @@ class Journal:
                     yield path, sign.strftime(LINE_TIME), calls_in(file.read())
 
     def running(self) -> bytes:
-        """Return lines of the calls that run on this host."""
         now = utc_now().strftime(LINE_TIME)
-        return b"".join(lines_of(calls, now, over=False) for _, _, calls in self.begun(live=True))
+        return b"".join([lines_of(calls, now, over=False) for *_, calls in self.begun(live=True)])
 
     def unfinished(self) -> Iterator[tuple[str, bytes]]:
-        """Yield path and lines of the segment that each ended process leaves."""
+        """Yield path and lines of a segment for each ended process."""
         for path, last_sign, calls in self.begun(live=False):
             for segment in self.segments() if calls else ():
                 with suppress(OSError):
@@ -3377,19 +3250,17 @@ class Journal:
             yield path.removesuffix(_BEGUN_SUFFIX) + SEGMENT_SUFFIX, lines_of(calls, last_sign, over=True)
 
     def take_unfinished(self) -> bool:
-        """Turn calls of ended processes into segments, after `claim`."""
+        """Make segments of what ended processes left, after `claim`."""
         made = False
         for path, lines in self.unfinished():
-            if lines and not os.path.exists(path):  # else the last attempt ended right here
-                replace_file(path, lines)
+            if lines and not os.path.exists(path):  # else an attempt ended here
                 made = True
+                replace_file(path, lines)
             os.unlink(path.removesuffix(SEGMENT_SUFFIX) + _BEGUN_SUFFIX)
         return made
 
-    def claim(
-        self, *, limit_bytes: int, skip: Collection[str] = ()
-    ) -> tuple[list[Claim], list[JournalError]]:
-        """Return segments without a writer, about `limit_bytes`; hold the ingest lock."""
+    def claim(self, limit_bytes: int, skip: Collection[str] = ()) -> tuple[list[Claim], list[JournalError]]:
+        """Return about `limit_bytes` of segments without a writer."""
         claims: list[Claim] = []
         problems: list[JournalError] = []
         for path in self.segments():
@@ -3402,8 +3273,7 @@ class Journal:
                 with trying_lock(fd) as is_free:
                     if not is_free or _key_at(path) != _key(os.fstat(fd)):
                         continue
-                    claim = Claim(path)
-                    claim.inspect(fd)
+                    claim = Claim(path, fd)
                     if claim.lines:
                         claims.append(claim)
                         limit_bytes -= claim.size
@@ -3417,7 +3287,6 @@ class Journal:
         return claims, problems
 
     def survey(self) -> dict[str, Any]:
-        """Count the files by state, for `doctor`."""
         state: dict[str, Any] = dict.fromkeys(("live", "sealed", "orphaned", "bytes"), 0)
         state |= {kind: len(self._files("." + kind)) for kind in ("torn", "rejected")}
         state["oldest_pending"] = None
@@ -3441,23 +3310,22 @@ class Journal:
         return state
 
     def waiting_bytes(self) -> int:
-        """Return the size of all segments."""
         return sum(map(_size_of, self.segments()))
 
 
 # === Writer ===
 # depends on: Errors, Config, Events, Encoding, Journal
 #
-# The first event starts a daemon thread; without one, or after `close`, callers write. A line stays in the
-# queue until `Appender.done` counts it: an interrupt, a fork or a failed write neither loses nor repeats one.
+# The first event starts a thread; without one, or after `close`, callers write. A line stays in the queue
+# until `Appender.done` counts it: an interrupt, a fork or a failed write neither loses nor repeats one.
 # `_writing` is held while the disk works, `_lock` for moments within; both are re-entrant, because `put` runs
 # in signal handlers and destructors.
 
 QUEUE_BYTES = 64 * 2**20
 SEGMENT_BYTES = 8 * 2**20
-_PIECE_BYTES = 2**20  # arbitrary: of one write
+_PIECE_BYTES = 2**20  # of one write
 _GATHER_SECONDS = 0.02  # in which `kill -9` loses events
-_RETRY_SECONDS = 0.1  # arbitrary: after a failed write
+_RETRY_SECONDS = 0.1  # after a failed write
 _REPORT_SECONDS = 60.0  # between two logs of the same fault
 
 INFO, WARNING = 20, 30  # the levels of `logging`
@@ -3492,57 +3360,50 @@ class Diagnostics:
 
     def __init__(self, *, silent: bool = False) -> None:
         self._log: Any = None
-        if not silent:  # here, as no fork may come between; it takes 8 ms
+        if not silent:  # it takes 8 ms; no fork may come between
             import logging
 
             self._log = logging.getLogger("mxcp_audit")
         self.start_afresh()
 
     def start_afresh(self) -> None:
-        """Begin anew, as in a child after a fork."""
+        """Begin anew in a child after a fork, here and in each class below."""
         self.errors = self.dropped = self.rejected = self.ingested = 0
         self.last_error: str | None = None
         self.untold: list[tuple[int, str, str]] = []  # level, kind, text
-        self._next: dict[str, float] = {}  # when a kind may be told again
-        self._telling = threading.local()
+        self._next: dict[str, float] = {}  # when to tell a kind again
 
     def note(self, kind: str, text: str, *, error: BaseException | None = None, level: int = WARNING) -> None:
-        """Count a warning; once a minute for each kind leave its text to `tell`."""
+        """Count a warning; once a minute a kind leave its text to `tell`."""
         text = text if error is None else f"{text}: {error}"
         if level >= WARNING:
-            self.errors += 1
-            self.last_error = text
+            self.errors, self.last_error = self.errors + 1, text
         now = time.monotonic()
         if now >= self._next.get(kind, now):
             self._next[kind] = now + _REPORT_SECONDS
             self.untold.append((level, kind, text))
 
     def tell(self) -> None:
-        """Log what was noted. Hold no lock: handlers have one, and log events."""
-        if not self.untold or self._log is None or hasattr(self._telling, "on"):
-            return
-        self._telling.on = True
-        try:
-            with suppress(Exception):  # there is nobody to tell of a broken handler
+        """Log what was noted. Hold no lock: handlers log events."""
+        if self.untold and self._log is not None:
+            with suppress(Exception):  # of a broken handler
                 self._log.disabled = False  # dictConfig disables what it doesn't name
-                while self.untold:
+                while self.untold:  # handlers may tell, too
                     level, _, text = self.untold.pop(0)
                     self._log.log(level, "mxcp_audit: %s", text)
-        finally:
-            del self._telling.on
 
     def report(self, kind: str, text: str, *, error: BaseException | None = None) -> None:
         self.note(kind, text, error=error)
         self.tell()
 
 
-_BEGUN_BYTES = 2**20  # arbitrary: by which a file of begun calls grows
+_BEGUN_BYTES = 2**20  # by which a file of begun calls grows
 _SIGN_SECONDS = 1.0  # between two signs of life
-_BRIEF_SECONDS = 0.1  # a call that is over by then leaves only its line, unless it is strict
+_BRIEF_SECONDS = 0.1  # for calls that are not strict
 
 
 class Begun:
-    """The calls that run here, but brief ones, in a file that shows what a crash left unfinished."""
+    """A file of the calls that run here, for what a crash leaves unfinished."""
 
     def __init__(self, journal: Journal, durable: bool, encode: Callable[[Any, str], bytes]) -> None:
         self._journal, self._durable, self._encode = journal, durable, encode
@@ -3550,67 +3411,62 @@ class Begun:
         self.start_afresh()
 
     def start_afresh(self) -> None:
-        """Begin anew, as in a child after a fork."""
-        if self._file is not None:
+        if self._file:
             self._file.forget()
         self._file = None
         self._numbers = itertools.count(1)
         self._running: dict[int, Any] = {}  # calls by number
-        self._refs: dict[int, tuple[str, Any]] = {}  # of calls on record, or nearly: name in lines, call
+        self._refs: dict[int, tuple[str, Any]] = {}  # on record, or nearly: name in lines, call
         self.on_record: set[int] = set()
         self._over: dict[int, int] = {}  # by number, the ticket of its line
-        self._size, self._signed = 0, 0.0  # of the file when it was begun; the last sign of life
-        self.fresh = False  # calls came on record that nobody was told of
+        self.ended = self._over.__setitem__  # for calls that `end` named
+        self._size, self._signed = 0, 0.0  # of the file at first; the last sign of life
+        self.fresh = False  # there are calls on record that nobody was told of
 
     def begin(self, call: Any) -> int:
-        """Return the number of a call that begins."""
         number = next(self._numbers)
         self._running[number] = call
         return number
 
     def end(self, number: int) -> str | None:
-        """Return how the line of a call must name it; None if its begin is not on record."""
-        self._running.pop(number, None)
-        ref = self._refs.get(number)  # after that: the writer sets this first, and then looks who still runs
-        return None if ref is None else ref[0]
-
-    def ended(self, number: int, ticket: int) -> None:
-        """Take the ticket of the line of a call that `end` gave a name for."""
-        self._over[number] = ticket
+        """Return how its line must name a call; None if its begin is not on record."""
+        self._running.pop(number, None)  # first: the writer sets `_refs`, and then looks who still runs
+        return self._refs.get(number, (None,))[0]
 
     def write(self, done: int, *, ends: bool = False) -> None:
-        """Put on record what runs and, each second or with `ends`, what the first `done` lines ended."""
-        fresh = {number: call for due, number, call in self._waiting() if due <= 0.0}
-        is_due = self.on_record and time.monotonic() >= self._signed + _SIGN_SECONDS
+        """Put on record what runs and, each second or with `ends`, what `done` lines ended."""
+        refs = {}
+        for due, number, call in self._waiting():
+            if due <= 0.0:
+                ref = self._refs.setdefault(number, (new_segment_id(wall_clock_ns()), call))
+                if number in self._running:
+                    refs[number] = ref
+                else:  # it has ended
+                    del self._refs[number]
+        fresh, is_due = bool(refs), self.on_record and time.monotonic() >= self._signed + _SIGN_SECONDS
         if not (fresh or is_due or (ends and self._over)):
             return
         over = {number for number, ticket in self._over.copy().items() if ticket <= done}
-        for number, call in fresh.items():
-            self._refs.setdefault(number, (new_segment_id(wall_clock_ns()), call))
-            if number not in self._running:  # it has ended
-                del self._refs[number]
-        refs = {number: self._refs[number] for number in fresh if number in self._refs}
         file = self._file
         if file is None or not file.is_usable() or file.size > self._size + _BEGUN_BYTES:
+            file = None
             refs |= {number: self._refs[number] for number in self.on_record - over}
-            self._replace_file(self._lines(refs))
+        lines = [self._encode(call, ref) for ref, call in refs.values()]
+        if file is None:
+            self._replace_file(lines)
         else:
-            lines = self._lines(refs)
             if ended := [self._refs[number][0] for number in over & self.on_record]:
                 lines.append(b'%b["%b"]}\n' % (_ENDED, '","'.join(ended).encode()))
             if not lines:
                 os.utime(file.path)  # a sign of life
             file.append(b"".join(lines), len(lines), durable=self._durable)
         self.on_record.update(refs)
-        self.fresh = bool(fresh)
+        self.fresh = fresh
         for number in over:
             del self._over[number]
             self._refs.pop(number, None)
-            self.on_record.discard(number)
+        self.on_record -= over
         self._signed = time.monotonic()
-
-    def _lines(self, refs: Mapping[int, tuple[str, Any]]) -> list[bytes]:
-        return [self._encode(call, ref) for ref, call in refs.values()]
 
     def _replace_file(self, lines: list[bytes]) -> None:
         old, file = self._file, self._journal.open_segment(suffix=_BEGUN_SUFFIX + ".part")
@@ -3625,24 +3481,23 @@ class Begun:
             file.discard()
             raise
         self._file, self._size = file, file.size
-        if old is not None:
+        if old:
             old.close()
 
     def _waiting(self) -> Iterator[tuple[float, int, Any]]:
-        """Yield the calls to put on record: in how many seconds, number, call."""
+        """Yield due seconds, number and call of calls to put on record."""
         brief = time.perf_counter() - _BRIEF_SECONDS
         for number, call in self._running.copy().items():
             if number not in self.on_record:
                 yield 0.0 if call.strict else call.started - brief, number, call
 
     def due_in(self) -> float:
-        """Return the seconds until `write` has something to do."""
         sign = self._signed + _SIGN_SECONDS - time.monotonic() if self.on_record else inf
         return max(0.0, min([sign, *(due for due, _, _ in self._waiting())]))
 
     def close(self) -> None:
-        """Remove the file, unless a call is on record: an ingest takes it when the process has ended."""
-        if self._file is not None and not self._refs:
+        """Remove the file, unless a call is on record, which an ingest takes."""
+        if self._file and not self._refs:
             self._file.discard()
             self._file = None
 
@@ -3664,32 +3519,29 @@ class Appender:
         self.start_afresh()
 
     def start_afresh(self) -> None:
-        """Begin anew, as in a child after a fork."""
         self.begun.start_afresh()
-        if self._segment is not None:
+        if self._segment:
             self._segment.forget()
         self._segment = None
         self._before = 0  # lines done before `_segment`
         self.sealed: dict[str, int] = {}  # files that wait for an ingest, and their events
         self._place: tuple[int, int] | None = None  # of their directory
         self._lost: list[Loss] = []
-        self._losing = native_threads().RLock()  # callers lose events too, even in signal handlers
+        self._losing = native_threads().RLock()  # for callers and signal handlers
 
     @property
     def done(self) -> int:
         """Lines that are in the journal, or can be in none."""
-        before, segment = self._before, self._segment
-        return before if segment is None else before + segment.events
+        segment = self._segment
+        return self._before + (segment.events if segment else 0)
 
     def waiting_since(self) -> float:
         """Return the time of the first event or loss not sealed, or `inf`."""
-        return self._segment.opened if self._segment is not None else 0.0 if self._lost else inf
+        return self._segment.opened if self._segment else 0.0 if self._lost else inf
 
     def append(self, piece: list[bytes]) -> None:
         """Write lines; after an error, `done` says which were written."""
-        segment = self.present()
-        if segment is None:
-            segment = self._segment = self._open()
+        segment = self._segment = self.present() or self._open()
         before = segment.events
         lines = b"".join([finish_line(line, seq) for seq, line in enumerate(piece, before + 1)])
         try:
@@ -3702,7 +3554,7 @@ class Appender:
                 self._before += 1
                 self.lose(1, "limit", "the event is larger than a file may be (RLIMIT_FSIZE)")
                 return
-            half = 0 if before else len(piece) // 2  # a new segment may hold all
+            half = 0 if before else len(piece) // 2
             for part in filter(None, (piece[:half], piece[half:])):
                 self.append(part)
         if segment.size >= SEGMENT_BYTES:
@@ -3710,11 +3562,11 @@ class Appender:
 
     def present(self) -> Segment | None:
         """Return the segment, open and in place, if there is one."""
-        segment = self._segment
-        if segment and (segment.closed or not segment.is_open()):  # by an interrupt, or by somebody else
-            self._let_go(segment)
-        elif segment and not segment.is_in_place():
-            self._write_again(segment)
+        if segment := self._segment:
+            if segment.closed or not segment.is_open():  # by an interrupt or others
+                self._let_go(segment)
+            elif not segment.is_in_place():
+                self._write_again(segment)
         return self._segment
 
     def _open(self) -> Segment:
@@ -3731,81 +3583,76 @@ class Appender:
         self._before, self._segment = self.done, None
 
     def _write_again(self, segment: Segment) -> None:
-        """Write a segment again that was moved; empty the old one."""
+        events = segment.events
         try:
             held = os.pread(segment.number(), segment.size, 0)
         except OSError as error:  # a stale network handle
             self._before, self._segment = self.done, None
-            reason = "their segment was taken away and can't be read"
-            self.lose(segment.events, "moved", reason, error=error)
-        else:
-            self.diagnostics.note("moved", f"{segment.path} was deleted or replaced; it is written again")
-            fresh = self._open()
-            try:
-                fresh.append(held, segment.events, durable=self.durable)
-            except BaseException:
-                fresh.discard()
-                raise
-            self._segment = fresh
-            with suppress(OSError):
-                os.ftruncate(segment.number(), 0)
+            self.lose(events, "moved", "their segment was taken away and can't be read", error=error)
+            segment.close()
+            return
+        self.diagnostics.note("moved", f"{segment.path} was deleted or replaced; it is written again")
+        fresh = self._open()
+        try:
+            fresh.append(held, events, durable=self.durable)
+        except BaseException:
+            fresh.discard()
+            raise
+        self._segment = fresh
+        with suppress(OSError):
+            os.ftruncate(segment.number(), 0)
         segment.close()
 
     def seal(self) -> bool:
-        """Seal the segment and record losses; False if to be tried again."""
+        """Seal and record all; False if that failed."""
         try:
             segment = self.present()
             self.begun.write(self.done, ends=True)
             if segment is not None:
                 self._let_go(segment)
-            return self.record_losses()
+            self.record_losses()
+            return True
         except (OSError, JournalError) as error:
-            self.diagnostics.note("seal", "a segment could not be sealed; it is tried again", error=error)
+            self.diagnostics.note("seal", "a segment could not be sealed yet", error=error)
             return False
 
-    def record_losses(self) -> bool:
-        """Put losses on record; False if it must be tried again."""
+    def record_losses(self) -> None:
         while self._lost:
             with self._losing:
                 loss = self._lost.pop(0)
             try:
                 self.sealed[self.journal.record_loss(loss)] = 0
-            except (OSError, JournalError) as error:
+            except BaseException:
                 with self._losing:
                     self._lost.insert(0, loss)
-                self.diagnostics.note("loss", "a loss could not be put on record yet", error=error)
-                return False
-        return True
+                raise
 
     def lose(self, events: int, kind: str, reason: str, *, error: BaseException | None = None) -> None:
-        """Count lost events, in any thread, for the next `seal`."""
-        now = sql_time(utc_now())
+        """Count lost events, in any thread, for `record_losses`."""
+        first = now = sql_time(utc_now())
         with self._losing:
             self.diagnostics.dropped += events
-            loss = Loss(events, now, now, reason)
             if self._lost and self._lost[-1].reason == reason:
-                last = self._lost.pop()
-                loss = last._replace(events=last.events + events, last=now)
-            self._lost.append(loss)
+                before, first, *_ = self._lost.pop()
+                events += before
+            self._lost.append(Loss(events, first, now, reason))
         self.diagnostics.note(kind, f"events are lost: {reason}", error=error)
 
     def left(self) -> bool:
         """Return True if something sealed waits for an ingest."""
         gone = [path for path in self.sealed if not os.path.exists(path)]  # most were ingested
-        events = sum([self.sealed.pop(path) for path in gone])
+        events, place = sum([self.sealed.pop(path) for path in gone]), self.journal.directory
         with suppress(OSError):
-            if events and _key_at(self.journal.directory) != self._place:
-                text = f"{counted(events, 'event')} went away with {self.journal.directory}; put them back"
-                self.lose(events, "away", text)
+            if events and _key_at(place) != self._place:
+                self.lose(events, "away", f"{counted(events, 'event')} went away with {place}; put them back")
         return bool(self.sealed)
 
 
 _CPU_SHARE = 0.01  # of one core
 _LONGEST_PAUSE_SECONDS = 60.0
-_LOCKED_PAUSE_SECONDS = 5.0  # after an ingest that waited in vain for the database
-_CHILD_WAIT_SECONDS = 30.0  # for the database: another child costs more
+_LOCKED_PAUSE_SECONDS = 5.0  # after waiting in vain for the database
+_CHILD_WAIT_SECONDS = 30.0  # for the database
 _POLL_SECONDS = 0.1
-_BUSY_PAUSE_SECONDS = 1.0  # until the ingest lock is tried again
 _ANSWER_BYTES = 2**16
 # Loads this very file with the parent's module path.
 _CHILD = """
@@ -3830,14 +3677,13 @@ class Ingester:
         self.start_afresh()
 
     def start_afresh(self) -> None:
-        """Begin anew, as in a child after a fork."""
         if self._child is not None:
-            self._child.returncode = 0  # so that nothing waits for it here, or warns
+            self._child.returncode = 0  # nothing waits for it here, or warns
             self._child.stdout.close()
         self._child = None
         self.stopped = not self._settings  # no further child
         self.wanted = self.tried = self._covers = 0  # attempts that `flush` asked for
-        # The next attempt: by the budget; after a failure; while another process ingests.
+        # By the budget; after a failure; while another process ingests.
         self._not_before = self._away_until = self._busy_until = self._next_daily = 0.0
         self._taken: list[str] = []
         self._head: object = None  # JSON
@@ -3851,13 +3697,13 @@ class Ingester:
         due = max(self._appender.waiting_since() + self._interval, self._not_before)
         if self._next_daily and self._settings["retention"]:
             due = min(due, self._next_daily)
-        if self._appender.left():  # a full segment, or one of an attempt that failed
+        if self._appender.left():  # of a failed attempt, or full
             due = 0.0
         due = 0.0 if self.wanted > self.tried else max(due, self._away_until)
         return max(0.0, max(due, self._busy_until) - time.monotonic())
 
     def step(self) -> float:
-        """Look after the child, or start one if due; return the seconds to the next."""
+        """Look after the child, or start one if due; return `due_in`."""
         if self._child is not None:
             self._appender.left()
             if (answer := self._look()) is not None:
@@ -3867,7 +3713,6 @@ class Ingester:
         return self.due_in()
 
     def _begin(self) -> None:
-        """Seal and start a child, unless another process ingests."""
         appender, self._covers = self._appender, self.wanted
         if not (appender.sealed or appender.waiting_since() < inf or self._due_settings()["retention"]):
             self.tried = self.wanted
@@ -3879,38 +3724,31 @@ class Ingester:
             with appender.journal.ingest_lock() as is_free:
                 pass
             if is_free and (appender.sealed or appender.seal()):
-                self._taken = list(appender.sealed)
                 self._start()
                 return
             if not is_free:  # perhaps for long
                 appender.record_losses()
             self._answered({"busy": not is_free})
-        except Exception as error:  # whatever keeps a child from being started
+        except Exception as error:
             self._answered({"fault": str(error)})
 
     def _start(self) -> None:
         import subprocess
 
+        self._taken = list(self._appender.sealed)
         module: Any = subprocess
         if "gevent.monkey" in sys.modules:
             module = _fresh_copy("subprocess")
             module.threading = native_threads()
         folders = [os.path.abspath(folder) for folder in sys.path if folder and isinstance(folder, str)]
-        work = {
-            "settings": self._due_settings(),
-            "python": (folders, sys.pycache_prefix, sys.dont_write_bytecode),
-            "file": os.path.abspath(__file__),
-            "wait": _CHILD_WAIT_SECONDS,
-        }
+        python = folders, sys.pycache_prefix, sys.dont_write_bytecode
+        work = {"settings": self._due_settings(), "python": python, "wait": _CHILD_WAIT_SECONDS}
+        work["file"] = os.path.abspath(__file__)
         self._said, self._started = b"", time.monotonic()
-        self._child = child = module.Popen(
-            [sys.executable, "-I", "-S", "-X", "utf8", "-c", _CHILD, "ingest"],
-            bufsize=0,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl+C is for the server
-        )
+        command = [sys.executable, "-I", "-S", "-X", "utf8", "-c", _CHILD, "ingest"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        # In a session of its own, as Ctrl+C is for the server.
+        self._child = child = module.Popen(command, bufsize=0, start_new_session=True, **pipes)
         with suppress(OSError), child.stdin as pipe:  # it may have ended already
             if os.name == "posix":
                 os.set_blocking(child.stdout.fileno(), False)
@@ -3920,22 +3758,18 @@ class Ingester:
         """Return the child's answer, or None while it runs."""
         child = self._child
         code = child.poll()
-        if code is None and os.name != "posix":
-            return None
         with suppress(OSError):  # somebody closed the pipe
-            while data := child.stdout.read(_ANSWER_BYTES):
+            while (code is not None or os.name == "posix") and (data := child.stdout.read(_ANSWER_BYTES)):
                 self._said = (self._said + data)[-_ANSWER_BYTES:]
         if code is None:
             return None
         self._close(child)
         text = self._said.decode("utf-8", "replace").strip().rpartition("\n")[2]
-        try:
+        with suppress(ValueError, TypeError, KeyError):  # it is not ours
             answer = json.loads(text)
-            answer["cpu"]  # noqa: B018 - else it is not ours
-        except (ValueError, TypeError, KeyError):
-            self._diagnostics.note("child", f"an ingest ended with code {code}: {text[:500]}")
-            answer = {}
-        return {"cpu": time.monotonic() - self._started, **answer}
+            return {**answer, "cpu": answer["cpu"]}
+        self._diagnostics.note("child", f"an ingest ended with code {code}: {text[:500]}")
+        return {"cpu": time.monotonic() - self._started}
 
     def _answered(self, answer: Mapping[str, Any]) -> None:
         told, now = self._diagnostics, time.monotonic()
@@ -3948,12 +3782,12 @@ class Ingester:
         self._head = answer.get("head") or self._head
         if answer.get("done"):
             for path in self._taken:
-                self._appender.sealed.pop(path, None)  # also what can't be deleted
+                self._appender.sealed.pop(path, None)  # though it can't be deleted
             if now >= self._next_daily:
                 self._next_daily = now + 3600 * (24 if answer.get("retained") else 1)
                 self._tell_head()
         if answer.get("busy"):
-            self._busy_until = now + (_POLL_SECONDS if self.wanted > self.tried else _BUSY_PAUSE_SECONDS)
+            self._busy_until = now + (_POLL_SECONDS if self.wanted > self.tried else 1.0)
             return
         self.tried = self._covers
         pause = min(max(answer.get("cpu", 0.0) / _CPU_SHARE, self._interval), _LONGEST_PAUSE_SECONDS)
@@ -3961,8 +3795,8 @@ class Ingester:
         self._not_before, self._away_until = now + pause, now + away
 
     def _due_settings(self) -> dict[str, object]:
-        """Return the settings, `retention` among them once a day."""
-        return {**self._settings, **({} if time.monotonic() >= self._next_daily else {"retention": None})}
+        is_due = time.monotonic() >= self._next_daily
+        return {**self._settings, "retention": self._settings["retention"] if is_due else None}
 
     def _tell_head(self) -> None:
         if self._head:
@@ -3975,11 +3809,11 @@ class Ingester:
         if self._child is not None:
             self._answered(self._await_child((time.monotonic() + deadline) / 2))
         while appender.left():
-            self._taken = list(appender.sealed)
             if is_attach_target(str(self._settings["path"])) and not no_python():
-                self._start()  # waiting for a server can't be interrupted
+                self._start()  # it may wait for a server
                 answer = self._await_child(deadline)
             else:
+                self._taken = list(appender.sealed)
                 answer = ingest(self._due_settings(), wait=max(0.0, deadline - time.monotonic()))
             self._answered(answer)
             why = answer.get("fault") or "another process is ingesting"
@@ -3993,25 +3827,19 @@ class Ingester:
         self._tell_head()
 
     def _await_child(self, deadline: float) -> Mapping[str, Any]:
-        while time.monotonic() < deadline:
-            if (answer := self._look()) is not None:
-                return answer
+        while (answer := self._look()) is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        self.end_child()
-        return {"fault": "an ingest took too long"}
+        if answer is None:
+            self.end_child()
+        return answer or {"fault": "an ingest took too long"}
 
     def end_child(self) -> None:
         """Kill the child; the next ingest repeats what it was doing."""
-        child = self._child
-        if child is None:
-            return
-        with suppress(OSError):
-            if os.name == "posix":
-                os.killpg(child.pid, 9)  # SIGKILL: a transaction that is killed never happened
-            else:
-                child.kill()
-        child.wait()
-        self._close(child)
+        if (child := self._child) is not None:
+            with suppress(OSError):  # a transaction that is killed never happened
+                os.killpg(child.pid, 9) if os.name == "posix" else child.kill()
+            child.wait()
+            self._close(child)
 
     def _close(self, child: Any) -> None:
         self._child = None
@@ -4037,12 +3865,11 @@ class Writer:
     ) -> None:
         self._appender, self._ingester = appender, ingester
         self.begun, self._diagnostics = appender.begun, appender.diagnostics
-        self._at_once = at_once or appender.durable  # callers wait, all or some: nothing is gathered
+        self._at_once = at_once or appender.durable  # callers wait: nothing is gathered
         self._drop_when_full, self._on_start = drop_when_full, on_start
         self.start_afresh()
 
     def start_afresh(self) -> None:
-        """Begin anew, as in a child after a fork: what is queued is the parent's."""
         self._appender.start_afresh()
         self._ingester.start_afresh()
         self._threads = threads = native_threads()
@@ -4053,15 +3880,15 @@ class Writer:
         self._wake.acquire()
         self._queue: list[bytes] = []
         self._queued_bytes = self._finished = 0  # of the queue; lines that left it
-        self._due = self._look_at = self._step_at = 0.0  # the first: seconds until the ingester's next step
+        self._due = self._look_at = self._step_at = 0.0  # seconds; moments of checks
         self._waiting: list[tuple[Callable[[], bool], Callable[[], object]]] = []  # what for, callback
-        self._asleep, self._hurried = True, False  # the second: somebody waits for the next round
+        self._asleep, self._hurried = True, False  # somebody waits for the next round
         self._closing = self._sealed = self._closed = False
-        self._inline = 0  # the other thread that writes, by its number
+        self._inline = 0  # the number of a caller's thread that writes
         self._thread: threading.Thread | None = None
 
     def before_fork(self) -> None:
-        """Wait for a write to end, so that no child inherits a segment that nobody knows yet."""
+        """Wait for a write to end: a child may inherit no unknown segment."""
         self._writing.acquire(timeout=1.0)
 
     def after_fork_in_parent(self) -> None:
@@ -4082,24 +3909,23 @@ class Writer:
         return ticket
 
     def begin(self, call: object) -> int:
-        """Have a call put on record while it runs, and return its number."""
         number = self.begun.begin(call)
         self._rouse_if_asleep()
         return number
 
     def _rouse_if_asleep(self) -> None:
         if self._asleep:
-            try:  # noqa: SIM105 - `suppress` would need some stack itself
+            try:  # noqa: SIM105 - `suppress` needs some stack, too
                 self._rouse()
-            except RecursionError:  # the line is queued, and the next one wakes the writer
+            except RecursionError:  # the next line wakes the writer
                 pass
 
     def wait_written(self, ticket: int, timeout: float | None = None) -> bool:
-        """Return True when the line with this ticket is in the journal; see `wait_for`."""
+        """Wait until the line with this ticket is in the journal; see `wait_for`."""
         return self.wait_for(lambda: self.written >= ticket, timeout)
 
     def wait_for(self, done: Callable[[], bool], timeout: float | None = None) -> bool:
-        """Return True when the writer has done something, or is this thread; False after the timeout."""
+        """Wait for the writer, unless this is its thread; False after the timeout."""
         if self._is_writing_thread():
             return True
         self._hurry()
@@ -4108,14 +3934,14 @@ class Writer:
         return done()
 
     def call_when(self, done: Callable[[], bool], callback: Callable[[], object]) -> None:
-        """Call back, in any thread, when the writer has done something, or is closed."""
+        """Call back, in any thread, when something is done or the writer closed."""
         with self._lock:
             self._waiting.append((done, callback))
         self._hurry()
         self._call_back()
 
     def flush(self, timeout: float) -> bool:
-        """Write what was put before, and try once to ingest it; False if it could not be written."""
+        """Write all, and try once to ingest it; False if it could not be written."""
         deadline = time.monotonic() + timeout
         if not self.wait_written(self.accepted, timeout) or self._is_writing_thread():
             return not self.pending
@@ -4129,7 +3955,7 @@ class Writer:
         return True
 
     def close(self, timeout: float) -> int:
-        """Write and seal everything, end the thread; return how many lines could not be written."""
+        """Write and seal all, end the thread; return how many lines are left."""
         deadline = time.monotonic() + timeout
         with self._lock:
             self._closing = True
@@ -4165,7 +3991,7 @@ class Writer:
         return self._thread is self._threads.current_thread() or self._inline == self._threads.get_ident()
 
     def _has_room(self) -> bool:
-        """Wait for room in a full queue; False if the event is to be dropped instead."""
+        """Wait for room in the queue; False if the event is dropped instead."""
         if self._drop_when_full:
             self._appender.lose(1, "full", "the queue was full (on_full: drop)")
             self._diagnostics.tell()
@@ -4176,9 +4002,9 @@ class Writer:
         return self._wait_until(lambda: self._queued_bytes <= QUEUE_BYTES or self._closing, inf)
 
     def _wait_until(self, done: Callable[[], bool], deadline: float) -> bool:
-        """Wait for the writer, or do its work; False if the deadline came first."""
+        """Wait for the writer, or do its work; False after the deadline."""
         while not done():
-            if self._asleep:  # a caller was interrupted before it woke the writer, or there is none
+            if self._asleep:  # a caller was interrupted, or there is no thread
                 self._rouse()
             left = deadline - time.monotonic()
             if left <= 0:
@@ -4199,7 +4025,7 @@ class Writer:
     def _hurry(self) -> None:
         """Have the thread gather no longer, now or the next time."""
         if not self._at_once:
-            self._hurried = True  # before that: it clears this, and then waits
+            self._hurried = True  # first: it clears this, and then waits
             self._release_wake()
 
     def _release_wake(self) -> None:
@@ -4213,14 +4039,13 @@ class Writer:
                 return True
             if self._closing or not self._on_start():
                 return False
-            thread = None
             try:
                 thread = self._threads.Thread(target=self._run, name="mxcp_audit writer", daemon=True)
                 self._thread = thread
                 thread.start()
                 return True
             except BaseException as error:
-                if thread is None or thread.ident is None:
+                if self._thread is not None and self._thread.ident is None:
                     self._thread = None
                 if not isinstance(error, RuntimeError):
                     raise
@@ -4231,17 +4056,17 @@ class Writer:
         return False
 
     def _work_inline(self) -> bool:
-        """Do the writer's work here, once; False if lines are left that could not be written."""
+        """Do the writer's work here, once; False if something is left to do."""
         me = self._threads.get_ident()
         if self._inline == me:
-            return True  # a signal handler or destructor within our own write
+            return True  # a signal handler within our write
         with self._writing:
             self._inline = me
             try:
                 done = self._work()
             except RecursionError:
                 raise
-            except Exception as error:  # the caller's event is queued all the same
+            except Exception as error:
                 done = False
                 self._diagnostics.note("writer", "writing failed; events wait in memory", error=error)
             finally:
@@ -4264,7 +4089,7 @@ class Writer:
                     done = self._work()
                 self._diagnostics.tell()
                 with self._lock:
-                    if self._closing and not (done and self._queue):  # `close` tries again what is not done
+                    if self._closing and not (done and self._queue):  # `close` does the rest
                         self._retire()
                     elif not done:
                         self._progress.wait(_RETRY_SECONDS)
@@ -4281,22 +4106,21 @@ class Writer:
 
     def _retire(self) -> None:
         """Leave the next line to its caller, or to a new thread; hold the lock."""
-        self._thread = None
-        self._asleep = True
+        self._thread, self._asleep = None, True
         self._progress.notify_all()
 
     def _work(self) -> bool:
-        """Write what is queued and let the ingester work; False if something is left to do."""
+        """Write what is queued, let the ingester work; False if something is left."""
         done = self._drain()
         if self._closing:
-            sealed = self._closed or self._sealed or self._appender.seal()  # if not all is done: to make room
-            if done and sealed:
+            done &= self._closed or self._sealed or self._appender.seal()  # in any case, to make room
+            if done:
                 self._sealed = True
                 self.begun.close()
-            return done and sealed
+            return done
         now, ingester = time.monotonic(), self._ingester
         self._due = _GATHER_SECONDS
-        if now >= self._step_at or ingester.wanted > ingester.tried:  # not with each strict call
+        if now >= self._step_at or ingester.wanted > ingester.tried:
             self._step_at, tried = now + _GATHER_SECONDS, ingester.tried
             self._due = ingester.step()
             if ingester.tried > tried or ingester.stopped:
@@ -4308,16 +4132,17 @@ class Writer:
         """Move the queue into the journal; False on a fault."""
         self._trim()  # what an interrupt left
         while True:
-            batch = self._queue[:]
+            sizes, now = itertools.accumulate(map(len, self._queue)), time.monotonic()
+            piece = self._queue[: 1 + sum(1 for _ in itertools.takewhile(_PIECE_BYTES.__gt__, sizes))]
             try:
-                if not batch and time.monotonic() >= self._look_at:  # nothing is written that would look
-                    self._look_at = time.monotonic() + _POLL_SECONDS
-                    self._appender.present()
-                for piece in _pieces(batch):
+                if piece:
                     self._appender.append(piece)
+                elif now >= self._look_at:
+                    self._look_at = now + _POLL_SECONDS
+                    self._appender.present()
                 self.begun.write(self.written)
             except (OSError, JournalError, MemoryError, RuntimeError) as error:
-                text = "the journal can't be written; events wait in memory and it is tried again"
+                text = "the journal can't be written; events wait in memory"
                 self._diagnostics.note("journal", text, error=error)
                 return False
             finally:
@@ -4326,14 +4151,14 @@ class Writer:
                 return True
 
     def _trim(self) -> None:
-        """Take what is in the journal out of the queue, and wake those who wait for it."""
+        """Take what is written out of the queue, and wake who waits for it."""
         if self.written == self._finished and not self.begun.fresh:
             return
         with self._lock:
             written = self.written
             gone = self._queue[: written - self._finished]
             count, left = len(gone), self._queued_bytes - sum(map(len, gone))
-            # An interrupt comes with a call: it never finds half of this.
+            # No call, so no interrupt, comes within.
             del self._queue[:count]
             self._finished = written
             self._queued_bytes = left if self._queue else 0
@@ -4349,17 +4174,6 @@ class Writer:
         for _, callback in due:
             with suppress(RuntimeError):  # its event loop is closed
                 callback()
-
-
-def _pieces(batch: list[bytes]) -> Iterator[list[bytes]]:
-    start = size = 0
-    for end, line in enumerate(batch, 1):
-        size += len(line)
-        if size >= _PIECE_BYTES:
-            yield batch[start:end]
-            start, size = end, 0
-    if start < len(batch):
-        yield batch[start:]
 
 
 # === Calls ===

@@ -365,6 +365,7 @@ def test_load_config_sources_name_every_setting(site):
 
 def test_load_config_repr_leaves_out_the_secrets_of_attach(site):
     assert "hunter2" not in repr(site(AUDIT + "      attach: {encryption_key: hunter2}\n"))
+    assert "hunter2" not in str(refusal(site, AUDIT + "      attach: {encryption_key: [hunter2]}\n"))
 
 
 @pytest.mark.parametrize(
@@ -568,9 +569,9 @@ def test_load_config_directory_named_like_the_site_file_is_refused_and_not_passe
     assert "directory" in str(refusal(load_config, cwd=tmp_path / "a", environ={}))
 
 
-def test_load_config_utf_16_with_a_mark_loads_and_other_bytes_are_refused(site, tmp_path):
+def test_load_config_bytes_that_are_not_utf_8_are_refused_as_in_mxcp(site, tmp_path):
     (tmp_path / "mxcp-site.yml").write_bytes("profile: ü\n".encode("utf-16"))
-    assert load_config(cwd=tmp_path, environ={}).profile == "ü"
+    assert "save the file as UTF-8" in str(refusal(load_config, cwd=tmp_path, environ={}))
     (tmp_path / "mxcp-site.yml").write_bytes("a: 1\nprofile: ü\n".encode("latin-1"))
     assert refusal(load_config, cwd=tmp_path, environ={}).line == 2
 

@@ -269,14 +269,14 @@ def test_claim_bad_file_does_not_stop_the_rest(journal: Journal, monkeypatch: py
     good.seal()
     bad = Path(journal.directory, f"{FIRST}.jsonl")
     bad.write_bytes(b"{}\n")
-    inspect = mxcp_audit.Claim.inspect
+    read_file = mxcp_audit.read_file
 
-    def fail(claim: mxcp_audit.Claim, fd: int) -> None:
-        if claim.path == str(bad):
+    def fail(path: str) -> bytes:
+        if path == str(bad):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        inspect(claim, fd)
+        return read_file(path)
 
-    monkeypatch.setattr(mxcp_audit.Claim, "inspect", fail)
+    monkeypatch.setattr(mxcp_audit, "read_file", fail)
     (claim,), (problem,) = journal.claim(limit_bytes=2**20)
     assert claim.id == good.id and problem.path == str(bad) and "can't be claimed" in str(problem)
 

@@ -1206,7 +1206,7 @@ MUTANTS = (
     Mutant(
         "ends that name no begin",
         "S16",
-        (("        return None if ref is None else ref[0]\n", "        return None\n"),),
+        (("        return self._refs.get(number, (None,))[0]\n", "        return None\n"),),
     ),
     Mutant(
         "losses off the record",
