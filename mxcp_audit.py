@@ -5388,6 +5388,10 @@ class AuditLogger:
     """
 
     _ingest: ClassVar[Callable[..., Mapping[str, Any]] | None] = None  # set by Assembly
+    # Of this process; a reload leaves the older loggers theirs.
+    _known: ClassVar[weakref.WeakValueDictionary[int, AuditLogger]] = weakref.WeakValueDictionary()
+    _started: ClassVar[set[AuditLogger]] = set()  # held until shut down, for the exit hook
+    _exiting: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -5442,18 +5446,16 @@ class AuditLogger:
         self._encoder = Encoder(redactor_of(config), max_input_bytes=config.max_input_bytes)
         journal = Journal(config.journal_directory, group=config.group)
         appender = Appender(journal, durable=config.durable, diagnostics=told, encode_begin=self._begin_line)
-        settings = {**config._asdict(), "attach": dict(config.attach), "sources": {}}
-        given = None if self._ingest is None else settings
+        given = {**config._asdict(), "attach": dict(config.attach), "sources": {}} if self._ingest else None
         self._ingester = ingester = Ingester(appender, given, interval=config.flush_interval)
-        drops, at_once = config.on_full == "drop", bool(config.strict)
-        start = self._activate
+        drops, at_once, start = config.on_full == "drop", bool(config.strict), self._activate
         self._writer = Writer(appender, ingester, drop_when_full=drops, on_start=start, at_once=at_once)
         self._put = self._writer.put
         strict = "|".join(re.escape(name).replace(r"\*", ".*") for name in config.strict)
         self._strict = re.compile(strict or "(?!)", re.DOTALL)
         self.refused = 0
         self.unfinished = Unfinished()
-        _live.known[id(self)] = self
+        self._known[id(self)] = self
 
     def log_event(
         self,
@@ -5501,18 +5503,17 @@ class AuditLogger:
         if not self.enabled:
             return
         echoes: list[str] | None = None if error is None and reason is None else []
-        interrupt: BaseException | None = None
+        interrupt: object = None
         try:
             input_json = self._encoder.input_json(input_params, name, endpoint_def, echoes)
         except BaseException as fault:
-            interrupt = fault if isinstance(fault, INTERRUPTS) else None
-            input_json, echoes = self.take_input(input_params, name, endpoint_def)
+            interrupt, (input_json, echoes) = fault, self.take_input(input_params, name, endpoint_def)
         ticket = self._record(
             *(caller, event_type, name, input_json, duration_ms, policy_decision, reason, status, error),
             *(user_id, session_id, trace_id, echoes or ()),
             (client, agent, address, server, request_id, error_type, result_bytes, context),
         )
-        if interrupt is not None:
+        if isinstance(interrupt, INTERRUPTS):
             raise interrupt
         if self.config.durable:
             self._writer.wait_written(ticket)
@@ -5590,7 +5591,7 @@ class AuditLogger:
         raise error
 
     def wait(self, call: Call, done: Callable[[], bool], error: BaseException | None = None) -> None:
-        """Wait for a call's begin or line; refuse it if late, unless it failed."""
+        """Wait for a call's begin or line; refuse the call if late, unless it failed."""
         timeout = self.config.strict_timeout if call.strict else None
         if not (done() or self._writer.wait_for(done, timeout)) and error is None:
             self._refuse(call)
@@ -5599,16 +5600,12 @@ class AuditLogger:
         self, call: Call, done: Callable[[], bool], error: BaseException | None = None
     ) -> None:
         """Do the same while the event loop goes on."""
-        if done():
-            return
-        import asyncio
-
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:  # another kind of event loop
+        running_loop = _loaded("asyncio", "_get_running_loop")
+        loop = running_loop and running_loop()
+        if loop is None or done():  # None: another kind of event loop
             self.wait(call, done, error)
             return
-        over = asyncio.Event()
+        over = sys.modules["asyncio"].Event()
         timer = loop.call_later(self.config.strict_timeout, over.set) if call.strict else None
         self._writer.call_when(done, lambda: loop.call_soon_threadsafe(over.set))
         try:
@@ -5643,8 +5640,7 @@ class AuditLogger:
         Arguments are those of `log_event`; exceptions of `denied_by` mean the decision `deny`.
         """
         given = {**locals()}  # the arguments by name, as of a Call
-        del given["self"]
-        return Call(self, **given)
+        return Call(given.pop("self"), **given)
 
     def policy(self, decision: str, reason: str | None = None) -> None:
         """Record what a policy decided about the call that runs here: allow, deny or warn, and why."""
@@ -5677,10 +5673,8 @@ class AuditLogger:
         if isinstance(getattr(inner, "request_handlers", None), dict):
             inner.request_handlers = _AuditedHandlers(middleware, inner.request_handlers)
         elif add is None:
-            raise AuditError(
-                f"{type(server).__name__} has neither middleware nor request_handlers; decorate the tools "
-                "with @audit.tool(), or run the server under `mxcp-audit wrap`"
-            )
+            remedy = "decorate the tools with @audit.tool(), or run the server under `mxcp-audit wrap`"
+            raise AuditError(f"{type(server).__name__} has neither middleware nor request_handlers; {remedy}")
 
     def tool(
         self, name: str | None = None, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
@@ -5738,11 +5732,9 @@ class AuditLogger:
                 self._ingester.finish(ingest, deadline)
         finally:
             self._ingester.end_child()
-        _live.loggers.discard(self)
+        self._started.discard(self)
         if left:
-            self._diagnostics.note(
-                "left", f"{left} events could not be written to the journal before shutdown"
-            )
+            self._diagnostics.note("left", f"{counted(left, 'event')} could not be written to the journal")
         self._diagnostics.tell()
         return not left
 
@@ -5756,11 +5748,9 @@ class AuditLogger:
 
     def _activate(self) -> bool:
         """Be found by the exit hooks; return False while the program ends."""
-        if _live.exiting:
-            return False
-        if self in _live.loggers:  # an earlier thread ended, or could not be started
-            return True
-        _live.loggers.add(self)
+        if self._exiting or self in self._started:  # an earlier thread ended, or could not be started
+            return not self._exiting
+        self._started.add(self)
         place = f"{public_target(self.config.path)}, by way of {self.config.journal_directory}"
         self._diagnostics.note("start", f"events go to {place}", level=INFO)
         parent = _loaded("multiprocessing.process", "parent_process")
@@ -5769,6 +5759,36 @@ class AuditLogger:
             finalize(None, self.shutdown, exitpriority=-100)  # they leave by os._exit, without atexit
         return True
 
+    @classmethod
+    def _at_exit(cls) -> None:
+        """Shut every logger down that has had an event."""
+        try:
+            for logger in list(cls._started):
+                try:
+                    logger.shutdown()
+                except Exception as error:  # the others have events, too
+                    logger._diagnostics.report("exit", "a logger could not be shut down", error=error)
+        except KeyboardInterrupt:  # a second Ctrl+C
+            for logger in list(cls._started):
+                if left := logger._writer.pending:
+                    text = f"interrupted at exit; {counted(left, 'event')} were not written"
+                    logger._diagnostics.report("exit", text)
+                logger._ingester.end_child()
+        finally:
+            cls._exiting = True
+
+    @classmethod
+    def _at_fork(cls, step: str) -> None:
+        """Have each writer take a step; a child has nothing queued or running."""
+        for reference in cls._known.valuerefs():  # a copy: other threads may make more meanwhile
+            if (logger := reference()) is not None:
+                if step == "start_afresh":
+                    logger.unfinished = Unfinished()
+                    logger._diagnostics.start_afresh()
+                getattr(logger._writer, step)()
+        if step == "start_afresh":
+            cls._started.clear()
+
 
 def redactor_of(config: Config) -> Redactor:
     """Return the redactor that a configuration describes."""
@@ -5776,51 +5796,11 @@ def redactor_of(config: Config) -> Redactor:
     return Redactor(config.redact, config.keep, mode=config.redact_mode, key=key)
 
 
-class _Live:
-    """The loggers of this process. A reload leaves the older loggers theirs."""
-
-    def __init__(self) -> None:
-        self.known: weakref.WeakValueDictionary[int, AuditLogger] = weakref.WeakValueDictionary()
-        self.loggers: set[AuditLogger] = set()  # with threads; held until shut down, for the exit hook
-        self.exiting = False
-
-    def at_exit(self) -> None:
-        """Shut every logger down that has had an event."""
-        try:
-            for logger in list(self.loggers):
-                try:
-                    logger.shutdown()
-                except Exception as error:  # the others have events, too
-                    logger._diagnostics.report("exit", "a logger could not be shut down", error=error)
-        except KeyboardInterrupt:  # a second Ctrl+C
-            for logger in list(self.loggers):
-                if left := logger._writer.pending:
-                    text = f"interrupted at exit; {counted(left, 'event')} were not written"
-                    logger._diagnostics.report("exit", text)
-                logger._ingester.end_child()
-        finally:
-            self.exiting = True
-
-    def at_fork(self, step: str) -> None:
-        """Have each writer take a step; a child has nothing queued or running."""
-        for reference in self.known.valuerefs():  # a copy: other threads may make more meanwhile
-            if (logger := reference()) is not None:
-                if step == "start_afresh":
-                    logger.unfinished = Unfinished()
-                    logger._diagnostics.start_afresh()
-                getattr(logger._writer, step)()
-        if step == "start_afresh":
-            self.loggers.clear()
-
-
-_live = _Live()
-atexit.register(_live.at_exit)
+atexit.register(AuditLogger._at_exit)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=functools.partial(_live.at_fork, "before_fork"),
-        after_in_parent=functools.partial(_live.at_fork, "after_fork_in_parent"),
-        after_in_child=functools.partial(_live.at_fork, "start_afresh"),
-    )
+    _steps = "before_fork", "after_fork_in_parent", "start_afresh"
+    _before, _parent, _child = (functools.partial(AuditLogger._at_fork, step) for step in _steps)
+    os.register_at_fork(before=_before, after_in_parent=_parent, after_in_child=_child)
 
 
 # === SQL ===

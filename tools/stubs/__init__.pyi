@@ -3,7 +3,6 @@ import contextlib
 import os
 import re
 import time
-import weakref
 from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
 
@@ -564,14 +563,6 @@ class AuditLogger:
     close = shutdown
     def __enter__(self) -> AuditLogger: ...
     def __exit__(self, *exc_info: object) -> None: ...
-
-class _Live:
-    known: weakref.WeakValueDictionary[int, AuditLogger]
-    loggers: set[AuditLogger]
-    exiting: bool
-    def __init__(self) -> None: ...
-    def at_exit(self) -> None: ...
-    def at_fork(self, step: str) -> None: ...
 
 class Filter(NamedTuple):
     tools: tuple[str, ...] = ...
