@@ -9590,7 +9590,8 @@ class Importer:
 # recording does, unless `strict` says otherwise.
 
 MAX_MESSAGE_BYTES = 256 * 2**20  # arbitrary: a message without an end must not take all memory
-_MAX_MESSAGE = f"a message longer than {MAX_MESSAGE_BYTES >> 20} MiB"
+_TOO_LONG = f"a message longer than {MAX_MESSAGE_BYTES >> 20} MiB passed unaudited"
+_SIGTERM, _SIGKILL = 15, 9  # on each system with process groups
 
 
 class StdioAudit(Exchange):
@@ -9602,14 +9603,14 @@ class StdioAudit(Exchange):
 
     def __init__(self, logger: AuditLogger) -> None:
         super().__init__(logger)
-        self._client_lines, self._server_lines = _Lines(), _Lines()
+        self._rests = bytearray(), bytearray()  # of a line, from server and client
         self._pending: dict[object, Call | tuple[str, object]] = {}  # by id: a call, or method and parameters
         self._session: object = None  # as `origin_of` reads one
 
     def _take_piece(self, data: bytes | None, *, is_client: bool) -> str | None:
         """Take in a piece from a side, or its end as None; return what is wrong with it."""
         problem = None
-        for line in (self._client_lines if is_client else self._server_lines).feed(data):
+        for line in _lines_of(self._rests[is_client], data):
             if is_client or self._pending or self._logger.unfinished:
                 messages, fault = self._messages(line, is_client=is_client)
                 problem = fault or problem
@@ -9635,6 +9636,16 @@ class StdioAudit(Exchange):
         elif method in MCP_METHODS:
             self._begin(key, method, params)
 
+    def _begin(self, key: object, method: str, params: object) -> None:
+        context = types.SimpleNamespace(meta=_get(params, "_meta"), session=self._session, request_id=key)
+        call = self.call_of(MCP_METHODS[method], context, params)
+        self._finish(key, "its id was used again before it was answered")
+        self._pending[key] = call
+        if key is None:
+            self._finish(key, "sent without an id that could be answered")
+        else:
+            call.begin()
+
     def _take_answer(self, message: dict[str, Any]) -> None:
         key, method, params = _parts_of(message)
         if isinstance(key, str) and key.isdecimal() and key not in self._pending:
@@ -9653,59 +9664,13 @@ class StdioAudit(Exchange):
             conclude(pending, result, self)
             self._pending.pop(key, None) if pending.waits else self._finish(key)
 
-    def close(self, reason: str) -> None:
-        """Record every unanswered call, with `reason` as its error."""
-        for key in list(self._pending):
-            self._finish(key, reason, waits=False)
-        self._logger.unfinished.close()
-
-    def _messages(self, line: bytes | None, *, is_client: bool) -> tuple[list[dict[str, Any]], str | None]:
-        """Return the messages of a line, as any reader may take it, and what is wrong with it."""
-        messages: list[dict[str, Any]] = []
-        twice: list[dict[str, Any]] = []  # objects with a name twice, as readers of the first one see them
-        faults: list[str] = []
-
-        def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-            last = dict(pairs)
-            if len(last) < len(pairs):
-                twice.append(dict(reversed(pairs)))
-            return last
-
-        text = (line or b"").strip().decode("utf-8", "replace").lstrip("\ufeff")
-        # Node's SDK ends lines at LF, Python's at CR as well.
-        for reading in filter(str.strip, [*text.split("\r"), text] if "\r" in text else [text]):
-            try:
-                value = json.loads(reading, parse_int=_json_int, object_pairs_hook=_object)
-            except RecursionError:
-                return messages, "a message passed unaudited: it is nested too deeply"
-            except ValueError:
-                faults.append("a line passed unaudited: it is no JSON" if is_client else "")
-            else:
-                faults.append("")
-                batch, known = value if isinstance(value, list) else [value], list(messages)
-                messages += [each for each in batch if type(each) is dict and each not in known]
-        fault = faults and faults[-1] and next(filter(None, faults[:-1] or faults), "")
-        if is_client and any("method" in each for each in twice):
-            fault = "a message names its method twice: servers may differ in what they execute"
-        return messages, f"{_MAX_MESSAGE} passed unaudited" if line is None else fault or None
-
-    def _begin(self, key: object, method: str, params: object) -> None:
-        context = types.SimpleNamespace(meta=_get(params, "_meta"), session=self._session, request_id=key)
-        call = self.call_of(MCP_METHODS[method], context, params)
-        self._finish(key, "its id was used again before it was answered")
-        self._pending[key] = call
-        if key is None:
-            self._finish(key, "sent without an id that could be answered")
-        else:
-            call.begin()
-
     def _finish(
-        self, key: object, error: str | None = None, error_type: str | None = None, *, waits: bool = True
+        self, key: object, error: object = None, kind: str | None = None, *, waits: bool = True
     ) -> None:
         call = self._pending.pop(key, None)
         if isinstance(call, Call):
             if error is not None:
-                call.fail(error, error_type)
+                call.fail(error, kind)
             call.end() if waits else call._end(None)
 
     def withdraw(self, line: bytes, reason: str, *, is_client: bool) -> list[object]:
@@ -9715,6 +9680,44 @@ class StdioAudit(Exchange):
         for key in keys:
             self._finish(key, reason, "AuditUnavailableError", waits=False)
         return keys
+
+    def close(self, reason: str) -> None:
+        """Record every unanswered call, with `reason` as its error."""
+        for key in list(self._pending):
+            self._finish(key, reason, waits=False)
+        self._logger.unfinished.close()
+
+    def _messages(self, line: bytes, *, is_client: bool) -> tuple[list[dict[str, Any]], str | None]:
+        """Return the messages of a line, as any reader may take it, and what is wrong with it."""
+        messages: list[dict[str, Any]] = []
+        twice: list[dict[str, Any]] = []  # objects with a name twice, as readers of the first one see them
+        unreadable: list[str] = []
+
+        def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            last = dict(pairs)
+            if len(last) < len(pairs):
+                twice.append(dict(reversed(pairs)))
+            return last
+
+        if not line:
+            return messages, _TOO_LONG
+        text = line.strip().decode("utf-8", "replace").lstrip("\ufeff")
+        parts = text.split("\r")  # Node's SDK ends lines at LF, Python's at CR as well
+        for reading in filter(str.strip, parts if parts == [text] else [*parts, text]):
+            try:
+                value = json.loads(reading, parse_int=_json_int, object_pairs_hook=_object)
+            except RecursionError:
+                return messages, "a message passed unaudited: it is nested too deeply"
+            except ValueError:
+                unreadable.append(reading)
+                continue
+            batch = value if isinstance(value, list) else [value]
+            known = messages[:] if reading is text else []  # by its parts
+            messages += [each for each in batch if type(each) is dict and each not in known]
+        if is_client and any("method" in each for each in twice):
+            return messages, "a message names its method twice: servers may differ in what they execute"
+        is_doubtful = is_client and text in unreadable and not {*parts}.isdisjoint(unreadable)
+        return messages, "a line passed unaudited: it is no JSON" if is_doubtful else None
 
 
 def _parts_of(message: Mapping[str, Any]) -> tuple[object, str, Any]:
@@ -9731,62 +9734,68 @@ def _key_of(value: object) -> object:
 
 def _json_int(text: str) -> int | str:
     """Take a number of any length, as JavaScript does."""
-    return int(text) if len(text) <= 4000 else text  # below Python's limit of digits
+    return int(text) if len(text) <= 640 else text  # Python's limit of digits is never lower
 
 
-class _Lines:
-    def __init__(self) -> None:
-        self._line = bytearray()
-
-    def feed(self, data: bytes | None) -> Iterator[bytes | None]:
-        """Yield the lines that `data`, or the end, completes; None if too long."""
-        if data is None:  # some take a last line that has no end
-            data = b"\n" if self._line else b""
-        for number, piece in enumerate(data.split(b"\n")):
-            if number:
-                yield bytes(self._line) if len(self._line) <= MAX_MESSAGE_BYTES else None
-                self._line = bytearray()
-            if len(self._line) <= MAX_MESSAGE_BYTES:
-                self._line += piece
-
-
-_SIGTERM, _SIGKILL = 15, 9  # on each system with process groups
+def _lines_of(rest: bytearray, data: bytes | None) -> Iterator[bytes]:
+    """Yield the lines that `data`, or the end, completes, an empty one if too long; keep the rest."""
+    if data is None:  # some take a last line that has no end
+        data = b"\n" if rest else b""
+    for number, piece in enumerate(data.split(b"\n")):
+        if number:
+            yield b"".join((rest, b"\n")) if len(rest) <= MAX_MESSAGE_BYTES else b""
+            rest.clear()
+        if len(rest) <= MAX_MESSAGE_BYTES:
+            rest += piece
 
 
 class WrappedServer:
     """A stdio server as our child, with a thread for each direction, and one that waits for its end.
 
     Pieces pass as they come; for a strict logger whole lines, each once it is understood and on record. The
-    child and what it starts (`npx` starts the server) are a process group: it gets the signals that we get,
-    and nothing of it is left behind.
+    child and what it starts (`npx` starts the server) are a session and a process group: it gets the signals
+    that we get, and nothing of it is left behind.
     """
 
     GRACE_SECONDS = 2.0  # as the SDKs give a server
-    _process: Any
 
     def __init__(self, command: Sequence[str], audit: AuditLogger) -> None:
-        self._command, self._audit = list(command), audit
-        self._strict = bool(audit.config.strict) and audit.enabled
-        self._told = Diagnostics()
-        self._stdio = StdioAudit(audit)
-        self._client_gone = False
-        self._reading_since = 0.0  # inf while a piece is recorded and passed on
-        self._answering = threading.Lock()  # refusals, too
-
-    def run(self) -> int:
-        """Run the server; return its exit code, negative if a signal ended it."""
         import shutil
         import subprocess
 
+        self._enabled, self._strict = audit.enabled, bool(audit.config.strict) and audit.enabled
+        self._told, self._stdio = Diagnostics(), StdioAudit(audit)
+        self._client_gone = False
+        self._reading_since = 0.0  # inf while a piece is recorded and passed on
+        self._answering = threading.Lock()  # refusals, too
+        die_with_us = None
+        if sys.platform == "linux":
+            with suppress(ImportError, OSError, AttributeError):
+                import ctypes
+
+                die_with_us = functools.partial(ctypes.CDLL(None).prctl, 1, _SIGKILL)  # PR_SET_PDEATHSIG
         # Windows needs the path of npx.cmd.
-        command = [shutil.which(self._command[0]) or self._command[0], *self._command[1:]]
+        args, pipe = [shutil.which(command[0]) or command[0], *command[1:]], subprocess.PIPE
         try:
-            self._process = subprocess.Popen(  # safe: no thread of ours runs yet
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, preexec_fn=_child_setup()
+            self._process: Any = subprocess.Popen(  # safe: no thread of ours runs yet
+                args, bufsize=0, stdin=pipe, stdout=pipe, start_new_session=True, preexec_fn=die_with_us
             )
         except OSError as error:
-            raise AuditError(f"{self._command[0]} can't be started: {error.strerror}") from error
-        self._forward_signals()
+            raise AuditError(f"{command[0]} can't be started: {error.strerror}") from error
+
+    def run(self) -> int:
+        """Pass everything on; return the server's exit code, negative if a signal ended it."""
+        import signal
+
+        def forward(number: int, frame: object) -> None:
+            with suppress(OSError, ValueError):  # Windows has few
+                self._signal(number)
+
+        for name in ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup, for one
+                with suppress(ValueError, OSError):
+                    signal.signal(number, forward)
         tasks = self._pass_requests, self._pass_answers, self._process.wait
         _, answers, waiter = threads = [threading.Thread(target=task, daemon=True) for task in tasks]
         for thread in threads:
@@ -9801,19 +9810,6 @@ class WrappedServer:
         self._stdio.close(f"the {who} went away before it was answered")
         return int(self._process.returncode)
 
-    def _forward_signals(self) -> None:
-        import signal
-
-        def forward(number: int, frame: object) -> None:
-            with suppress(OSError):
-                self._signal(number)
-
-        for name in ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
-            number = getattr(signal, name, None)
-            if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup, for one
-                with suppress(ValueError, OSError):
-                    signal.signal(number, forward)
-
     def _pass_requests(self) -> None:
         try:
             for data in self._pieces_of(0):
@@ -9822,7 +9818,6 @@ class WrappedServer:
         except OSError:  # the server reads no more, as the client shall see
             _give_up(0)
             return
-        self._is_admitted(None, is_client=True)
         self._process.stdin.close()
         if _reader_is_gone(1):
             self._client_gone = True
@@ -9834,42 +9829,37 @@ class WrappedServer:
             if self._is_admitted(data, is_client=False):
                 self._answer(data)
             self._reading_since = time.monotonic()
-        self._is_admitted(None, is_client=False)
         _give_up(1)
 
-    def _pieces_of(self, fd: int) -> Iterator[bytes]:
-        """Yield what comes, as it comes; for a strict logger in whole lines."""
-        reads, lines = iter(functools.partial(_read, fd), b""), _Lines()
-        if not self._strict:
-            yield from reads
-            return
-        for line in itertools.chain.from_iterable(map(lines.feed, itertools.chain(reads, [None]))):
-            if line is not None:
-                yield line + b"\n"
-            else:
-                self._told.report("strict", f"{_MAX_MESSAGE} was refused")
+    def _pieces_of(self, fd: int) -> Iterator[bytes | None]:
+        """Yield what comes, as it comes, for a strict logger in whole lines; None at the end."""
+        rest = bytearray()
+        data: bytes | None = b""
+        while data is not None:
+            data = None
+            with suppress(OSError):  # there may be no such file
+                data = os.read(fd, 2**16) or None
+            yield from _lines_of(rest, data) if self._strict else filter(None, [data])
+        yield None
 
     def _is_admitted(self, data: bytes | None, *, is_client: bool) -> bool:
         """Record a piece; return False if a strict logger refuses it, and answer so."""
-        if not self._audit.enabled:
-            return True
+        problem = _TOO_LONG if data == b"" else None
         try:
-            problem = (self._stdio.from_client if is_client else self._stdio.from_server)(data)
+            if self._enabled and not problem:
+                problem = (self._stdio.from_client if is_client else self._stdio.from_server)(data)
         except Exception as fault:
             problem = f"a message passed unaudited: {describe_exception(fault)}"
-        if problem is None:
-            return True
-        if not self._strict:
+        if problem and self._strict:
+            problem = problem.replace(" passed unaudited", " was refused")
+            for key in self._stdio.withdraw(data or b"", problem, is_client=is_client):
+                error = {"code": -32000, "message": problem}
+                self._answer(json.dumps({"jsonrpc": "2.0", "id": key, "error": error}).encode() + b"\n")
+        if problem:
             self._told.report("wrap", problem)
-            return True
-        reason = problem.replace(" passed unaudited", " was refused")
-        self._told.report("strict", reason)
-        for key in self._stdio.withdraw(data or b"", reason, is_client=is_client):
-            error = {"code": -32000, "message": reason}
-            self._answer(json.dumps({"jsonrpc": "2.0", "id": key, "error": error}).encode() + b"\n")
-        return False
+        return not (problem and self._strict)
 
-    def _answer(self, data: bytes) -> None:
+    def _answer(self, data: bytes | None) -> None:
         with self._answering:
             if not self._client_gone:
                 try:
@@ -9897,28 +9887,8 @@ class WrappedServer:
                     time.sleep(0.02)
 
 
-def _child_setup() -> Callable[[], object] | None:
-    """Return what a child calls first: to lead a group, and die with us."""
-    if not hasattr(os, "setpgid"):
-        return None
-    steps: list[Callable[[], object]] = [functools.partial(os.setpgid, 0, 0)]
-    if sys.platform == "linux":
-        with suppress(ImportError, OSError, AttributeError):
-            import ctypes
-
-            steps.append(functools.partial(ctypes.CDLL(None).prctl, 1, _SIGKILL))  # PR_SET_PDEATHSIG
-    return lambda: [step() for step in steps]
-
-
-def _read(fd: int) -> bytes:
-    try:
-        return os.read(fd, 2**16)
-    except OSError:  # there may be no such file
-        return b""
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    rest = memoryview(data)
+def _write_all(fd: int, data: bytes | None) -> None:
+    rest = memoryview(data or b"")
     while rest:
         rest = rest[os.write(fd, rest) :]
 

@@ -255,6 +255,15 @@ def test_stdio_whatever_a_reader_would_execute_is_recorded_once(monkeypatch: pyt
         assert sorted(map(str, seen)) == sorted(map(str, expected)), data
 
 
+@pytest.mark.parametrize("end", [b"\r", b"\n"])
+def test_stdio_call_that_is_sent_twice_is_recorded_twice(end: bytes) -> None:
+    audit, seen = mxcp_audit.StdioAudit(mxcp_audit.AuditLogger("unused.duckdb", enabled=False)), []
+    audit._begin = lambda key, method, params: seen.append(key)  # type: ignore[method-assign]
+    line = call(1).strip()
+    audit.from_client(line + end + line + b"\n")
+    assert seen == [1, 1]
+
+
 @pytest.mark.parametrize(
     "line",
     [
