@@ -5518,17 +5518,16 @@ class AuditLogger:
         if self.config.durable:
             self._writer.wait_written(ticket)
 
-    def _record(self, *event: Any, end: bytes = b"") -> int:
+    def _record(self, *event: Any, end: bytes = b"", again: bool = False) -> int:
         """Queue an event, if need be without its content; return its ticket."""
+        line = b""
         try:
             line = self._encoder.line(*event)
-        except INTERRUPTS:  # they pass, after the event is recorded
-            with suppress(Exception):
-                self._put(self._encoder.line(*event) + end)
-            raise
         except BaseException as fault:
+            if isinstance(fault, INTERRUPTS) and not again:  # it passes, after the event is recorded
+                self._record(*event, end=end, again=True)
+                raise
             self.report_fault("an event could not be encoded; it is recorded without content", fault)
-            line = b""
         try:
             return self._put((line or self._encoder.line(*_NOTHING)) + end)
         except Exception as fault:
@@ -5590,15 +5589,13 @@ class AuditLogger:
         call._end(error)
         raise error
 
-    def wait(self, call: Call, done: Callable[[], bool], error: BaseException | None = None) -> None:
+    def wait(self, call: Call, done: Callable[[], bool], error: object = None) -> None:
         """Wait for a call's begin or line; refuse the call if late, unless it failed."""
         timeout = self.config.strict_timeout if call.strict else None
         if not (done() or self._writer.wait_for(done, timeout)) and error is None:
             self._refuse(call)
 
-    async def wait_async(
-        self, call: Call, done: Callable[[], bool], error: BaseException | None = None
-    ) -> None:
+    async def wait_async(self, call: Call, done: Callable[[], bool], error: object = None) -> None:
         """Do the same while the event loop goes on."""
         running_loop = _loaded("asyncio", "_get_running_loop")
         loop = running_loop and running_loop()
@@ -5783,7 +5780,7 @@ class AuditLogger:
         for reference in cls._known.valuerefs():  # a copy: other threads may make more meanwhile
             if (logger := reference()) is not None:
                 if step == "start_afresh":
-                    logger.unfinished = Unfinished()
+                    logger.refused, logger.unfinished = 0, Unfinished()
                     logger._diagnostics.start_afresh()
                 getattr(logger._writer, step)()
         if step == "start_afresh":
@@ -9615,8 +9612,9 @@ class StdioAudit(Exchange):
                 messages, fault = self._messages(line, is_client=is_client)
                 problem = fault or problem
                 for message in messages:
+                    parts = _parts_of(message)
                     try:
-                        self._take_request(message) if is_client else self._take_answer(message)
+                        self._take_request(*parts) if is_client else self._take_answer(*parts, message)
                     except AuditUnavailableError as error:
                         problem = str(error)
         return problem
@@ -9624,8 +9622,7 @@ class StdioAudit(Exchange):
     from_client = functools.partialmethod(_take_piece, is_client=True)
     from_server = functools.partialmethod(_take_piece, is_client=False)
 
-    def _take_request(self, message: dict[str, Any]) -> None:
-        key, method, params = _parts_of(message)
+    def _take_request(self, key: object, method: str, params: Any) -> None:
         if method == "initialize" or method.startswith("tasks/"):
             self._pending[key] = method, params
             if method == "initialize":
@@ -9641,13 +9638,9 @@ class StdioAudit(Exchange):
         call = self.call_of(MCP_METHODS[method], context, params)
         self._finish(key, "its id was used again before it was answered")
         self._pending[key] = call
-        if key is None:
-            self._finish(key, "sent without an id that could be answered")
-        else:
-            call.begin()
+        call.begin() if key is not None else self._finish(key, "sent without an id that could be answered")
 
-    def _take_answer(self, message: dict[str, Any]) -> None:
-        key, method, params = _parts_of(message)
+    def _take_answer(self, key: object, method: str, params: Any, message: dict[str, Any]) -> None:
         if isinstance(key, str) and key.isdecimal() and key not in self._pending:
             key = _json_int(key)  # clients of the SDKs take "7" for 7
         pending, result, failure = self._pending.get(key), message.get("result"), message.get("error")
@@ -9690,13 +9683,13 @@ class StdioAudit(Exchange):
     def _messages(self, line: bytes, *, is_client: bool) -> tuple[list[dict[str, Any]], str | None]:
         """Return the messages of a line, as any reader may take it, and what is wrong with it."""
         messages: list[dict[str, Any]] = []
-        twice: list[dict[str, Any]] = []  # objects with a name twice, as readers of the first one see them
         unreadable: list[str] = []
+        doubtful: list[object] = []  # objects that readers of the first, the last or any case see differently
 
         def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-            last = dict(pairs)
-            if len(last) < len(pairs):
-                twice.append(dict(reversed(pairs)))
+            last, names = dict(pairs), [name.lower() for name, _ in pairs]
+            if "method" in names and (len(last) < len(names) or names.count("method") > 1):
+                doubtful.append(last)
             return last
 
         if not line:
@@ -9714,10 +9707,10 @@ class StdioAudit(Exchange):
             batch = value if isinstance(value, list) else [value]
             known = messages[:] if reading is text else []  # by its parts
             messages += [each for each in batch if type(each) is dict and each not in known]
-        if is_client and any("method" in each for each in twice):
+        if is_client and doubtful:
             return messages, "a message names its method twice: servers may differ in what they execute"
-        is_doubtful = is_client and text in unreadable and not {*parts}.isdisjoint(unreadable)
-        return messages, "a line passed unaudited: it is no JSON" if is_doubtful else None
+        is_none = is_client and text in unreadable and not {*parts}.isdisjoint(unreadable)
+        return messages, "a line passed unaudited: it is no JSON" if is_none else None
 
 
 def _parts_of(message: Mapping[str, Any]) -> tuple[object, str, Any]:
@@ -9834,12 +9827,10 @@ class WrappedServer:
     def _pieces_of(self, fd: int) -> Iterator[bytes | None]:
         """Yield what comes, as it comes, for a strict logger in whole lines; None at the end."""
         rest = bytearray()
-        data: bytes | None = b""
-        while data is not None:
-            data = None
-            with suppress(OSError):  # there may be no such file
-                data = os.read(fd, 2**16) or None
-            yield from _lines_of(rest, data) if self._strict else filter(None, [data])
+        with suppress(OSError):  # there may be no such file
+            while data := os.read(fd, 2**16):
+                yield from _lines_of(rest, data) if self._strict else [data]
+        yield from _lines_of(rest, None)
         yield None
 
     def _is_admitted(self, data: bytes | None, *, is_client: bool) -> bool:

@@ -269,6 +269,7 @@ def test_stdio_call_that_is_sent_twice_is_recorded_twice(end: bytes) -> None:
     [
         b"{'method': 'tools/call'}",
         b'{"method": "ping", "method": "tools/call", "id": 1}',
+        b'{"method": "ping", "METHOD": "tools/call", "id": 1}',
         b"{'a':\r'b'}",
         b"{,}",
         b"{'method': 'tools/call'}\r{}",
