@@ -9592,10 +9592,9 @@ _SIGTERM, _SIGKILL = 15, 9  # on each system with process groups
 
 
 class StdioAudit(Exchange):
-    """Matches JSON-RPC requests with their responses, in the bytes between a client and a server.
+    """Matches requests with their answers, in the bytes between a client and a server.
 
-    Feed a piece *before* it is passed on: then no answer overtakes its request, or its row. Two threads may
-    feed the two sides.
+    Two threads feed the sides, a piece *before* it is passed on: no answer overtakes its request or its row.
     """
 
     def __init__(self, logger: AuditLogger) -> None:
@@ -9657,13 +9656,11 @@ class StdioAudit(Exchange):
             conclude(pending, result, self)
             self._pending.pop(key, None) if pending.waits else self._finish(key)
 
-    def _finish(
-        self, key: object, error: object = None, kind: str | None = None, *, waits: bool = True
-    ) -> None:
+    def _finish(self, key: object, error: object = None, code: str | None = None, waits: bool = True) -> None:
         call = self._pending.pop(key, None)
         if isinstance(call, Call):
             if error is not None:
-                call.fail(error, kind)
+                call.fail(error, code)
             call.end() if waits else call._end(None)
 
     def withdraw(self, line: bytes, reason: str, *, is_client: bool) -> list[object]:
@@ -9694,11 +9691,12 @@ class StdioAudit(Exchange):
 
         if not line:
             return messages, _TOO_LONG
+        hook = _object if is_client else None
         text = line.strip().decode("utf-8", "replace").lstrip("\ufeff")
         parts = text.split("\r")  # Node's SDK ends lines at LF, Python's at CR as well
         for reading in filter(str.strip, parts if parts == [text] else [*parts, text]):
             try:
-                value = json.loads(reading, parse_int=_json_int, object_pairs_hook=_object)
+                value = json.loads(reading, parse_int=_json_int, object_pairs_hook=hook)
             except RecursionError:
                 return messages, "a message passed unaudited: it is nested too deeply"
             except ValueError:
@@ -9707,7 +9705,7 @@ class StdioAudit(Exchange):
             batch = value if isinstance(value, list) else [value]
             known = messages[:] if reading is text else []  # by its parts
             messages += [each for each in batch if type(each) is dict and each not in known]
-        if is_client and doubtful:
+        if doubtful:
             return messages, "a message names its method twice: servers may differ in what they execute"
         is_none = is_client and text in unreadable and not {*parts}.isdisjoint(unreadable)
         return messages, "a line passed unaudited: it is no JSON" if is_none else None
@@ -9738,16 +9736,14 @@ def _lines_of(rest: bytearray, data: bytes | None) -> Iterator[bytes]:
         if number:
             yield b"".join((rest, b"\n")) if len(rest) <= MAX_MESSAGE_BYTES else b""
             rest.clear()
-        if len(rest) <= MAX_MESSAGE_BYTES:
-            rest += piece
+        rest += piece[: MAX_MESSAGE_BYTES + 1 - len(rest)]
 
 
 class WrappedServer:
     """A stdio server as our child, with a thread for each direction, and one that waits for its end.
 
-    Pieces pass as they come; for a strict logger whole lines, each once it is understood and on record. The
-    child and what it starts (`npx` starts the server) are a session and a process group: it gets the signals
-    that we get, and nothing of it is left behind.
+    Pieces pass as they come; for a strict logger whole lines, each once it is on record. The child and what
+    it starts (`npx` starts the server) are a process group: it gets our signals, and nothing of it is left.
     """
 
     GRACE_SECONDS = 2.0  # as the SDKs give a server
@@ -9762,11 +9758,10 @@ class WrappedServer:
         self._reading_since = 0.0  # inf while a piece is recorded and passed on
         self._answering = threading.Lock()  # refusals, too
         die_with_us = None
-        if sys.platform == "linux":
-            with suppress(ImportError, OSError, AttributeError):
-                import ctypes
+        with suppress(Exception):  # Linux can
+            import ctypes
 
-                die_with_us = functools.partial(ctypes.CDLL(None).prctl, 1, _SIGKILL)  # PR_SET_PDEATHSIG
+            die_with_us = functools.partial(ctypes.CDLL(None).prctl, 1, _SIGKILL)  # PR_SET_PDEATHSIG
         # Windows needs the path of npx.cmd.
         args, pipe = [shutil.which(command[0]) or command[0], *command[1:]], subprocess.PIPE
         try:
@@ -9780,15 +9775,11 @@ class WrappedServer:
         """Pass everything on; return the server's exit code, negative if a signal ended it."""
         import signal
 
-        def forward(number: int, frame: object) -> None:
-            with suppress(OSError, ValueError):  # Windows has few
-                self._signal(number)
-
         for name in ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
             number = getattr(signal, name, None)
             if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup, for one
                 with suppress(ValueError, OSError):
-                    signal.signal(number, forward)
+                    signal.signal(number, self._signal)
         tasks = self._pass_requests, self._pass_answers, self._process.wait
         _, answers, waiter = threads = [threading.Thread(target=task, daemon=True) for task in tasks]
         for thread in threads:
@@ -9799,8 +9790,8 @@ class WrappedServer:
         while answers.is_alive() and time.monotonic() < max(ended, self._reading_since) + self.GRACE_SECONDS:
             answers.join(0.1)
         self._end_group(_SIGTERM, _SIGKILL)
-        who = "client" if self._client_gone else "server"
-        self._stdio.close(f"the {who} went away before it was answered")
+        side = "client" if self._client_gone else "server"
+        self._stdio.close(f"the {side} went away before it was answered")
         return int(self._process.returncode)
 
     def _pass_requests(self) -> None:
@@ -9858,24 +9849,24 @@ class WrappedServer:
                 except OSError:  # what comes now is for the record only
                     self._client_gone = True
 
-    def _signal(self, number: int) -> None:
-        """Send a signal to the server's group, or to the server; 0 only asks."""
-        if hasattr(os, "killpg"):
-            os.killpg(self._process.pid, number)
-        elif self._process.poll() is not None:
-            raise ProcessLookupError
-        elif number:
-            self._process.send_signal(number)
+    def _signal(self, number: int, frame: object = None) -> bool:
+        """Send a signal to the server's group, or ask by 0; return False if nobody is left."""
+        try:
+            if hasattr(os, "killpg"):
+                os.killpg(self._process.pid, number)
+            elif number:
+                self._process.send_signal(number)
+            return hasattr(os, "killpg") or self._process.poll() is None
+        except (OSError, ValueError):  # Windows knows few signals
+            return False
 
     def _end_group(self, *numbers: int) -> None:
         """Send signals, each if the one before didn't end the whole group."""
-        with suppress(OSError):  # nobody is left
-            for number in numbers:
-                deadline = time.monotonic() + self.GRACE_SECONDS * (number != _SIGKILL)
-                self._signal(number)
-                while time.monotonic() < deadline:
-                    self._signal(0)
-                    time.sleep(0.02)
+        for number in numbers:
+            deadline = time.monotonic() + self.GRACE_SECONDS * (number != _SIGKILL)
+            self._signal(number)
+            while time.monotonic() < deadline and self._signal(0):
+                time.sleep(0.02)
 
 
 def _write_all(fd: int, data: bytes | None) -> None:
