@@ -5361,19 +5361,20 @@ class Counters(NamedTuple):
 _UNENCODABLE = "[UNENCODABLE]"
 _UNENCODABLE_JSON = encode_text(encode_text(_UNENCODABLE))
 _NOTHING = ("", "", "", _UNENCODABLE_JSON, 0, "n/a", None, "error", _UNENCODABLE, None, None, None, ())
+_AnyPath: TypeAlias = str | os.PathLike[str]
 
 
-class AuditLogger:
+class AuditLogger(contextlib.AbstractContextManager["AuditLogger"]):
     """Records events: each is a line in the journal within milliseconds, and a row in DuckDB soon after.
 
     `log_event` never raises and, unless `durable` is set or the queue is full, never waits. Threads, signal
     and exit handlers may call it. Raises ConfigError for a wrong argument.
 
     Args:
-        path: the database file, or a DuckDB ATTACH target with the options `attach`.
+        path, attach: the database file, or a DuckDB ATTACH target and its options.
         enabled, durable: False makes every call return at once; True makes `log_event` wait for the disk.
         log_path: MXCP's name for `path`; `x.jsonl` stands for `x.duckdb` beside it.
-        journal: the journal's directory; by default `<path>.journal`.
+        journal, group: its directory, by default `<path>.journal`; True shares the log with a group (0660).
         flush_interval: seconds after which events leave the journal for the database.
         on_full: when 64 MiB wait in memory: "block" the caller or "drop" the event.
         max_input_bytes, max_result_bytes: a longer input, or body of a result, is cut, visibly.
@@ -5384,7 +5385,6 @@ class AuditLogger:
         trusted_proxies: addresses and networks of proxies whose X-Forwarded-For or Forwarded counts.
         strict: True, or names with `*`: such a call runs once its begin is in the journal, and is answered
             once its end is; after `strict_timeout` seconds (or "5s") it is an AuditUnavailableError.
-        group: True lets the users of one group share the log, with mode 0660.
     """
 
     _ingest: ClassVar[Callable[..., Mapping[str, Any]] | None] = None  # set by Assembly
@@ -5395,11 +5395,11 @@ class AuditLogger:
 
     def __init__(
         self,
-        path: str | os.PathLike[str] | None = None,
+        path: _AnyPath | None = None,
         enabled: bool = True,
         *,
-        log_path: str | os.PathLike[str] | None = None,
-        journal: str | os.PathLike[str] | None = None,
+        log_path: _AnyPath | None = None,
+        journal: _AnyPath | None = None,
         flush_interval: float | str = 1.0,
         durable: bool = False,
         on_full: str = "block",
@@ -5425,13 +5425,10 @@ class AuditLogger:
         self.__setstate__(config_from_arguments(**settings))
 
     @classmethod
-    def from_config(
-        cls, config: str | os.PathLike[str] | None = None, *, profile: str | None = None
-    ) -> AuditLogger:
+    def from_config(cls, config: _AnyPath | None = None, *, profile: str | None = None) -> AuditLogger:
         """Return the logger that `mxcp-site.yml` describes, disabled if the profile doesn't enable it.
 
-        `config`, the site file, is searched from the working directory upwards; `profile` is `MXCP_PROFILE`
-        or the file's own. Raises ConfigError, which names path and line.
+        By default `config` is searched upwards, `profile` is MXCP_PROFILE or the file's. Raises ConfigError.
         """
         self = cls.__new__(cls)
         self.__setstate__(load_config(config=config, profile=profile))
@@ -5450,11 +5447,9 @@ class AuditLogger:
         self._ingester = ingester = Ingester(appender, given, interval=config.flush_interval)
         drops, at_once, start = config.on_full == "drop", bool(config.strict), self._activate
         self._writer = Writer(appender, ingester, drop_when_full=drops, on_start=start, at_once=at_once)
-        self._put = self._writer.put
         strict = "|".join(re.escape(name).replace(r"\*", ".*") for name in config.strict)
-        self._strict = re.compile(strict or "(?!)", re.DOTALL)
-        self.refused = 0
-        self.unfinished = Unfinished()
+        self._strict = re.compile(strict or "(?!)", re.DOTALL).fullmatch
+        self.refused, self.unfinished = 0, Unfinished()
         self._known[id(self)] = self
 
     def log_event(
@@ -5487,18 +5482,15 @@ class AuditLogger:
         Never raises, but lets Ctrl+C and a signal handler's `sys.exit` pass, once the event is recorded.
 
         Args:
-            caller: where the call came from: cli, http, stdio.
-            event_type, name: tool, resource or prompt, and its name or URI.
-            input_params: what it was called with; redacted, and encoded before this returns.
-            duration_ms: milliseconds, 0 … 2³¹−1.
-            policy_decision: allow, deny, warn or n/a; `reason` says why.
-            status: success or error; `error` is the message.
+            caller, event_type, name: cli, http or stdio; tool, resource or prompt, and its name or URI.
+            input_params, duration_ms: redacted and encoded before this returns; 0 … 2³¹−1.
+            policy_decision, reason: allow, deny, warn or n/a, and why.
+            status, error: success or error, and its message.
             endpoint_def: MXCP's definition of the endpoint: parameters marked `sensitive: true` are redacted.
             user_id, session_id, trace_id: who, in which session and trace; None where unknown.
             client, agent, address: the program ("claude-ai/1.2"), its OAuth client, where from.
-            server, request_id: the server, and the call's id in the protocol.
+            server, request_id, context: its name; the protocol's id; anything else by name, redacted.
             error_type, result_bytes: exception class or JSON-RPC code; size of the result, 0 … 2⁶³−1.
-            context: anything else, by name; redacted like the input.
         """
         if not self.enabled:
             return
@@ -5529,7 +5521,7 @@ class AuditLogger:
                 raise
             self.report_fault("an event could not be encoded; it is recorded without content", fault)
         try:
-            return self._put((line or self._encoder.line(*_NOTHING)) + end)
+            return self._writer.put((line or self._encoder.line(*_NOTHING)) + end)
         except Exception as fault:
             self.report_fault("an event could not be recorded", fault)
             return 0
@@ -5556,7 +5548,7 @@ class AuditLogger:
 
     def is_strict(self, name: str) -> bool:
         """Return True for a name that is executed only on record."""
-        return bool(self.config.strict) and self._strict.fullmatch(name) is not None
+        return self._strict(name) is not None
 
     def _begin_line(self, call: Call, ref: str) -> bytes:
         """Return a call as the event that it is, should nothing follow."""
@@ -5567,51 +5559,42 @@ class AuditLogger:
 
     def finish(self, call: Call) -> int:
         """Queue the line of a call, unless it is part of another."""
-        if not self.enabled:
-            return 0
         begun, ticket = self._writer.begun, 0
-        ref = begun.end(call.number) if call.number else None
+        ref = begun.end(call.number)
         try:
-            if call.outer is None:
+            if call.outer is None and self.enabled:
                 ticket = self._record(*call.event(), end=b',"call":"%b"' % ref.encode() if ref else b"")
         finally:
             if ref:  # without a ticket there was an interrupt
                 begun.ended(call.number, ticket or self._writer.accepted)
         return ticket
 
-    def _refuse(self, call: Call) -> None:
-        """Count and end a call that isn't on record; raise AuditUnavailableError."""
+    def wait(self, call: Call, done: Callable[[], bool], error: object = None, *, late: bool = False) -> None:
+        """Wait for a call's begin or line; AuditUnavailableError if late, unless the call failed."""
+        seconds = self.config.strict_timeout
+        is_done = done() or (not late and self._writer.wait_for(done, seconds if call.strict else None))
+        if is_done or error is not None:
+            return
         self.refused += 1
-        what, seconds = f"{call.event_type} {call.name}", f"{self.config.strict_timeout:g} s"
         fate = "executed, and its answer is withheld" if call.ended else "not executed"
-        error = AuditUnavailableError(f"{what} can't be put on record within {seconds}; it was {fate}")
-        self._diagnostics.report("strict", str(error))
-        call._end(error)
-        raise error
-
-    def wait(self, call: Call, done: Callable[[], bool], error: object = None) -> None:
-        """Wait for a call's begin or line; refuse the call if late, unless it failed."""
-        timeout = self.config.strict_timeout if call.strict else None
-        if not (done() or self._writer.wait_for(done, timeout)) and error is None:
-            self._refuse(call)
+        what = f"{call.event_type} {call.name} can't be put on record within {seconds:g} s; it was {fate}"
+        refusal = AuditUnavailableError(what)
+        self._diagnostics.report("strict", what)
+        call._end(refusal)
+        raise refusal
 
     async def wait_async(self, call: Call, done: Callable[[], bool], error: object = None) -> None:
         """Do the same while the event loop goes on."""
         running_loop = _loaded("asyncio", "_get_running_loop")
         loop = running_loop and running_loop()
-        if loop is None or done():  # None: another kind of event loop
-            self.wait(call, done, error)
-            return
-        over = sys.modules["asyncio"].Event()
-        timer = loop.call_later(self.config.strict_timeout, over.set) if call.strict else None
-        self._writer.call_when(done, lambda: loop.call_soon_threadsafe(over.set))
-        try:
-            await over.wait()
-        finally:
-            if timer is not None:
-                timer.cancel()
-        if not done() and error is None:
-            self._refuse(call)
+        if loop is not None and not done():  # None: another kind of event loop
+            over = sys.modules["asyncio"].Event()
+            self._writer.call_when(done, lambda: loop.call_soon_threadsafe(over.set))
+            with contextlib.ExitStack() as stack:
+                if call.strict:
+                    stack.callback(loop.call_later(self.config.strict_timeout, over.set).cancel)
+                await over.wait()
+        self.wait(call, done, error, late=loop is not None)
 
     def record(
         self,
@@ -5650,8 +5633,7 @@ class AuditLogger:
         """Return a middleware that records every tool call, resource read and prompt, refusals included.
 
         `server.add_middleware(audit.middleware())` of FastMCP 2 to 4, `server.middleware.append(…)` of SDK 2.
-        `caller` is by default `http` or `stdio`, as the request came. Exceptions of `denied_by`, also as a
-        cause, mean the policy decision `deny`; EventError for what are none.
+        Exceptions of `denied_by`, also as a cause, mean `deny`; EventError for others. `caller`: as it came.
         """
         return Middleware(self, caller, denied_by)
 
@@ -5662,11 +5644,10 @@ class AuditLogger:
         middleware = self.middleware(caller=caller, denied_by=denied_by)
         middleware.server = _text(_get(server, "name"))
         chain = getattr(server, "middleware", None)
-        inner: Any = getattr(server, "_mcp_server", server)
+        inner: Any = getattr(server, "_mcp_server", server)  # the SDK 1 is below FastMCP 2 and 3, too
         add = getattr(server, "add_middleware", chain.append if isinstance(chain, list) else None)
         if add is not None:
             add(middleware)
-        # The SDK 1 is below FastMCP 2 and 3, too.
         if isinstance(getattr(inner, "request_handlers", None), dict):
             inner.request_handlers = _AuditedHandlers(middleware, inner.request_handlers)
         elif add is None:
@@ -5676,10 +5657,9 @@ class AuditLogger:
     def tool(
         self, name: str | None = None, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
     ) -> Callable[[Function], Function]:
-        """Record each execution of a function of any kind as a tool: `@audit.tool()`.
+        """Record each execution of a function as a tool: `@audit.tool()`; EventError without parentheses.
 
-        `name` is by default the function's, `caller` that of the request it runs in, or `cli`; `denied_by` as
-        of `middleware`. EventError without the parentheses.
+        `name` is by default the function's, `caller` that of the request it runs in, or `cli`.
         """
         return auditing(self, "tool", name, caller, denied_by)
 
@@ -5718,8 +5698,8 @@ class AuditLogger:
     def shutdown(self, timeout: float = 10.0) -> bool:
         """Write what is queued, ingest, end the thread, all within `timeout` seconds. Harmless to repeat.
 
-        It is called at exit. If the database is held, the journal keeps the events for the next start; later
-        events go there directly. False if some can't be written there; `logging` says how many.
+        Called at exit. If the database is held, the journal keeps the events for the next start; it takes
+        later ones directly. False if some can't be written there; `logging` says how many.
         """
         deadline = time.monotonic() + timeout
         self.unfinished.close()
@@ -5737,9 +5717,6 @@ class AuditLogger:
 
     close = shutdown
 
-    def __enter__(self) -> AuditLogger:
-        return self
-
     def __exit__(self, *exc_info: object) -> None:
         self.shutdown()
 
@@ -5750,9 +5727,8 @@ class AuditLogger:
         self._started.add(self)
         place = f"{public_target(self.config.path)}, by way of {self.config.journal_directory}"
         self._diagnostics.note("start", f"events go to {place}", level=INFO)
-        parent = _loaded("multiprocessing.process", "parent_process")
         finalize = _loaded("multiprocessing.util", "Finalize")
-        if finalize and parent and parent() is not None:
+        if finalize and sys.modules["multiprocessing.process"].parent_process() is not None:
             finalize(None, self.shutdown, exitpriority=-100)  # they leave by os._exit, without atexit
         return True
 
@@ -5780,11 +5756,10 @@ class AuditLogger:
         for reference in cls._known.valuerefs():  # a copy: other threads may make more meanwhile
             if (logger := reference()) is not None:
                 if step == "start_afresh":
+                    cls._started.discard(logger)
                     logger.refused, logger.unfinished = 0, Unfinished()
                     logger._diagnostics.start_afresh()
                 getattr(logger._writer, step)()
-        if step == "start_afresh":
-            cls._started.clear()
 
 
 def redactor_of(config: Config) -> Redactor:
@@ -9608,8 +9583,8 @@ class StdioAudit(Exchange):
         problem = None
         for line in _lines_of(self._rests[is_client], data):
             if is_client or self._pending or self._logger.unfinished:
-                messages, fault = self._messages(line, is_client=is_client)
-                problem = fault or problem
+                messages, fault = self.messages(line, is_client=is_client)
+                problem = (fault if line else _TOO_LONG) or problem
                 for message in messages:
                     parts = _parts_of(message)
                     try:
@@ -9628,16 +9603,16 @@ class StdioAudit(Exchange):
                 self._session = types.SimpleNamespace(client_params=params)
         elif method == "notifications/cancelled":
             texts = "cancelled by the client", _text(_get(params, "reason"))
-            self._finish(_key_of(_get(params, "requestId")), ": ".join(filter(None, texts)))
+            self.finish(_key_of(_get(params, "requestId")), ": ".join(filter(None, texts)))
         elif method in MCP_METHODS:
             self._begin(key, method, params)
 
     def _begin(self, key: object, method: str, params: object) -> None:
         context = types.SimpleNamespace(meta=_get(params, "_meta"), session=self._session, request_id=key)
         call = self.call_of(MCP_METHODS[method], context, params)
-        self._finish(key, "its id was used again before it was answered")
+        self.finish(key, "its id was used again before it was answered")
         self._pending[key] = call
-        call.begin() if key is not None else self._finish(key, "sent without an id that could be answered")
+        call.begin() if key is not None else self.finish(key, "sent without an id that could be answered")
 
     def _take_answer(self, key: object, method: str, params: Any, message: dict[str, Any]) -> None:
         if isinstance(key, str) and key.isdecimal() and key not in self._pending:
@@ -9651,59 +9626,48 @@ class StdioAudit(Exchange):
         elif failure is not None:
             code = _text(_get(failure, "code"))
             text = _text(_get(failure, "message")) or _text(failure) or "the server answered with an error"
-            self._finish(key, f"{text} ({code})" if code else text, code)
+            self.finish(key, f"{text} ({code})" if code else text, code)
         elif pending is not None:
             conclude(pending, result, self)
-            self._pending.pop(key, None) if pending.waits else self._finish(key)
+            self._pending.pop(key, None) if pending.waits else self.finish(key)
 
-    def _finish(self, key: object, error: object = None, code: str | None = None, waits: bool = True) -> None:
+    def finish(self, key: object, error: object = None, code: str | None = None, waits: bool = True) -> None:
         call = self._pending.pop(key, None)
         if isinstance(call, Call):
             if error is not None:
                 call.fail(error, code)
             call.end() if waits else call._end(None)
 
-    def withdraw(self, line: bytes, reason: str, *, is_client: bool) -> list[object]:
-        """Record that a line is not passed on; return the ids that the client waits for."""
-        parts = map(_parts_of, self._messages(line, is_client=is_client)[0])
-        keys = [key for key, method, _ in parts if key is not None and bool(method) is is_client]
-        for key in keys:
-            self._finish(key, reason, "AuditUnavailableError", waits=False)
-        return keys
-
     def close(self, reason: str) -> None:
         """Record every unanswered call, with `reason` as its error."""
         for key in list(self._pending):
-            self._finish(key, reason, waits=False)
+            self.finish(key, reason, waits=False)
         self._logger.unfinished.close()
 
-    def _messages(self, line: bytes, *, is_client: bool) -> tuple[list[dict[str, Any]], str | None]:
+    def messages(self, line: bytes, *, is_client: bool) -> tuple[list[dict[str, Any]], str | None]:
         """Return the messages of a line, as any reader may take it, and what is wrong with it."""
         messages: list[dict[str, Any]] = []
         unreadable: list[str] = []
         doubtful: list[object] = []  # objects that readers of the first, the last or any case see differently
 
-        def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        def _hook(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             last, names = dict(pairs), [name.lower() for name, _ in pairs]
             if "method" in names and (len(last) < len(names) or names.count("method") > 1):
                 doubtful.append(last)
             return last
 
-        if not line:
-            return messages, _TOO_LONG
-        hook = _object if is_client else None
         text = line.strip().decode("utf-8", "replace").lstrip("\ufeff")
         parts = text.split("\r")  # Node's SDK ends lines at LF, Python's at CR as well
-        for reading in filter(str.strip, parts if parts == [text] else [*parts, text]):
+        for piece in filter(str.strip, parts if parts == [text] else [*parts, text]):
             try:
-                value = json.loads(reading, parse_int=_json_int, object_pairs_hook=hook)
+                value = json.loads(piece, parse_int=_json_int, object_pairs_hook=_hook if is_client else None)
             except RecursionError:
                 return messages, "a message passed unaudited: it is nested too deeply"
             except ValueError:
-                unreadable.append(reading)
+                unreadable.append(piece)
                 continue
             batch = value if isinstance(value, list) else [value]
-            known = messages[:] if reading is text else []  # by its parts
+            known = messages[:] if piece is text else []  # by its parts
             messages += [each for each in batch if type(each) is dict and each not in known]
         if doubtful:
             return messages, "a message names its method twice: servers may differ in what they execute"
@@ -9724,8 +9688,7 @@ def _key_of(value: object) -> object:
 
 
 def _json_int(text: str) -> int | str:
-    """Take a number of any length, as JavaScript does."""
-    return int(text) if len(text) <= 640 else text  # Python's limit of digits is never lower
+    return int(text) if len(text) <= 640 else text  # JavaScript takes any; Python's limit is never lower
 
 
 def _lines_of(rest: bytearray, data: bytes | None) -> Iterator[bytes]:
@@ -9754,8 +9717,7 @@ class WrappedServer:
 
         self._enabled, self._strict = audit.enabled, bool(audit.config.strict) and audit.enabled
         self._told, self._stdio = Diagnostics(), StdioAudit(audit)
-        self._client_gone = False
-        self._reading_since = 0.0  # inf while a piece is recorded and passed on
+        self._client_gone, self._reading_since = False, 0.0  # inf while a piece is recorded and passed on
         self._answering = threading.Lock()  # refusals, too
         die_with_us = None
         with suppress(Exception):  # Linux can
@@ -9834,9 +9796,11 @@ class WrappedServer:
             problem = f"a message passed unaudited: {describe_exception(fault)}"
         if problem and self._strict:
             problem = problem.replace(" passed unaudited", " was refused")
-            for key in self._stdio.withdraw(data or b"", problem, is_client=is_client):
-                error = {"code": -32000, "message": problem}
-                self._answer(json.dumps({"jsonrpc": "2.0", "id": key, "error": error}).encode() + b"\n")
+            error = {"code": -32000, "message": problem}
+            for key, method, _ in map(_parts_of, self._stdio.messages(data or b"", is_client=is_client)[0]):
+                if key is not None and bool(method) is is_client:  # the client waits for it
+                    self._stdio.finish(key, problem, "AuditUnavailableError", waits=False)
+                    self._answer(json.dumps({"jsonrpc": "2.0", "id": key, "error": error}).encode() + b"\n")
         if problem:
             self._told.report("wrap", problem)
         return not (problem and self._strict)
@@ -9877,9 +9841,7 @@ def _write_all(fd: int, data: bytes | None) -> None:
 
 def _give_up(fd: int) -> None:
     """Close a pipe but keep its number, lest a segment become stdout."""
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, fd)
-    os.close(null)
+    os.dup2(os.open(os.devnull, os.O_RDWR), fd)
 
 
 def _reader_is_gone(fd: int, seconds: float | None = None) -> bool:

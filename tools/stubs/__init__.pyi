@@ -460,14 +460,14 @@ class Counters(NamedTuple):
     last_error: str | None
     refused: int = ...
 
-class AuditLogger:
+class AuditLogger(contextlib.AbstractContextManager["AuditLogger"]):
     def __init__(
         self,
-        path: str | os.PathLike[str] | None = None,
+        path: _AnyPath | None = None,
         enabled: bool = True,
         *,
-        log_path: str | os.PathLike[str] | None = None,
-        journal: str | os.PathLike[str] | None = None,
+        log_path: _AnyPath | None = None,
+        journal: _AnyPath | None = None,
         flush_interval: float | str = 1.0,
         durable: bool = False,
         on_full: str = "block",
@@ -485,9 +485,7 @@ class AuditLogger:
         attach: Mapping[str, object] | None = None,
     ) -> None: ...
     @classmethod
-    def from_config(
-        cls, config: str | os.PathLike[str] | None = None, *, profile: str | None = None
-    ) -> AuditLogger: ...
+    def from_config(cls, config: _AnyPath | None = None, *, profile: str | None = None) -> AuditLogger: ...
     def log_event(
         self,
         caller: str,
@@ -520,7 +518,9 @@ class AuditLogger:
     def is_written(self, ticket: int) -> bool: ...
     def is_strict(self, name: str) -> bool: ...
     def finish(self, call: Call) -> int: ...
-    def wait(self, call: Call, done: Callable[[], bool], error: object = None) -> None: ...
+    def wait(
+        self, call: Call, done: Callable[[], bool], error: object = None, *, late: bool = False
+    ) -> None: ...
     async def wait_async(self, call: Call, done: Callable[[], bool], error: object = None) -> None: ...
     def record(
         self,
@@ -559,7 +559,6 @@ class AuditLogger:
     def wait_written(self, timeout: float = 10.0) -> bool: ...
     def shutdown(self, timeout: float = 10.0) -> bool: ...
     close = shutdown
-    def __enter__(self) -> AuditLogger: ...
     def __exit__(self, *exc_info: object) -> None: ...
 
 class Filter(NamedTuple):
@@ -815,8 +814,11 @@ class StdioAudit(Exchange):
     def __init__(self, logger: AuditLogger) -> None: ...
     from_client: Incomplete
     from_server: Incomplete
-    def withdraw(self, line: bytes, reason: str, *, is_client: bool) -> list[object]: ...
+    def finish(
+        self, key: object, error: object = None, code: str | None = None, waits: bool = True
+    ) -> None: ...
     def close(self, reason: str) -> None: ...
+    def messages(self, line: bytes, *, is_client: bool) -> tuple[list[dict[str, Any]], str | None]: ...
 
 class WrappedServer:
     GRACE_SECONDS: float
@@ -831,3 +833,4 @@ _Names: TypeAlias = "Sequence[str]"
 _Tool: TypeAlias = "str | None"
 _Echo: TypeAlias = "list[str] | None"
 _Strings: TypeAlias = tuple[str, str]
+_AnyPath: TypeAlias = str | os.PathLike[str]
