@@ -5548,7 +5548,7 @@ class AuditLogger(contextlib.AbstractContextManager["AuditLogger"]):
 
     def is_strict(self, name: str) -> bool:
         """Return True for a name that is executed only on record."""
-        return self._strict(name) is not None
+        return bool(self.config.strict) and self._strict(str(name)) is not None
 
     def _begin_line(self, call: Call, ref: str) -> bytes:
         """Return a call as the event that it is, should nothing follow."""
@@ -9697,8 +9697,9 @@ def _lines_of(rest: bytearray, data: bytes | None) -> Iterator[bytes]:
         data = b"\n" if rest else b""
     for number, piece in enumerate(data.split(b"\n")):
         if number:
-            yield b"".join((rest, b"\n")) if len(rest) <= MAX_MESSAGE_BYTES else b""
-            rest.clear()
+            line = b"".join((rest, b"\n")) if len(rest) <= MAX_MESSAGE_BYTES else b""
+            rest.clear()  # first: whoever takes the line may fail
+            yield line
         rest += piece[: MAX_MESSAGE_BYTES + 1 - len(rest)]
 
 

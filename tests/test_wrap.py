@@ -255,6 +255,23 @@ def test_stdio_whatever_a_reader_would_execute_is_recorded_once(monkeypatch: pyt
         assert sorted(map(str, seen)) == sorted(map(str, expected)), data
 
 
+def test_stdio_line_that_cannot_be_taken_does_not_spoil_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is known to do that."""
+    seen: list[object] = []
+
+    def begin(self: object, key: object, method: str, params: object) -> None:
+        seen.append(key)
+        if key == 1:
+            raise ValueError("unforeseen")
+
+    monkeypatch.setattr(mxcp_audit.StdioAudit, "_begin", begin)
+    audit = mxcp_audit.StdioAudit(mxcp_audit.AuditLogger("unused.duckdb", enabled=False))
+    with pytest.raises(ValueError):
+        audit.from_client(call(1))
+    assert audit.from_client(call(2)) is None
+    assert seen == [1, 2]
+
+
 @pytest.mark.parametrize("end", [b"\r", b"\n"])
 def test_stdio_call_that_is_sent_twice_is_recorded_twice(end: bytes) -> None:
     audit, seen = mxcp_audit.StdioAudit(mxcp_audit.AuditLogger("unused.duckdb", enabled=False)), []
