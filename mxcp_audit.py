@@ -5341,16 +5341,16 @@ def _is_injected(value: object) -> bool:
 # === Logger ===
 # depends on: Errors, Config, Redaction, Encoding, Journal, Writer, Calls
 #
-# What servers hold, and what belongs to the process: exit, fork, children of multiprocessing. The thread
-# starts at the first event, so that a new logger disturbs no fork. Signal handlers are the application's.
+# The thread starts at the first event, so that a new logger disturbs no fork. Signal handlers are the
+# application's.
 
 
 class Counters(NamedTuple):
     """How a logger is doing, for health checks, since the start of this process."""
 
-    accepted: int  # events taken by log_event
+    accepted: int  # taken by log_event
     written: int  # of these, in the journal
-    ingested: int  # moved into the database by this process, other processes' included
+    ingested: int  # moved into the database by this process, others' included
     dropped: int  # lost: the queue was full (on_full: drop)
     rejected: int  # journal lines kept aside: they could not be ingested
     errors: int  # faults of any kind
@@ -5734,7 +5734,6 @@ class AuditLogger(contextlib.AbstractContextManager["AuditLogger"]):
 
     @classmethod
     def _at_exit(cls) -> None:
-        """Shut every logger down that has had an event."""
         try:
             for logger in list(cls._started):
                 try:
@@ -9558,8 +9557,7 @@ class Importer:
 # == Wrap ==
 # depends on: Errors, Writer, Calls, Logger
 #
-# A stdio server as our child, between it and its client. Bytes, signals and ends pass unchanged whatever the
-# recording does, unless `strict` says otherwise.
+# Bytes, signals and ends pass unchanged whatever the recording does, unless `strict` says otherwise.
 
 MAX_MESSAGE_BYTES = 256 * 2**20  # arbitrary: a message without an end must not take all memory
 _TOO_LONG = f"a message longer than {MAX_MESSAGE_BYTES >> 20} MiB passed unaudited"
@@ -9638,8 +9636,7 @@ class StdioAudit(Exchange):
                 call.fail(error, code)
             call.end() if waits else call._end(None)
 
-    def close(self, reason: str) -> None:
-        """Record every unanswered call, with `reason` as its error."""
+    def close(self, reason: str) -> None:  # of what is unanswered
         for key in list(self._pending):
             self.finish(key, reason, waits=False)
         self._logger.unfinished.close()
