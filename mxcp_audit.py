@@ -5147,16 +5147,16 @@ def _is_injected(value: object) -> bool:
 # === Logger ===
 # depends on: Errors, Config, Redaction, Encoding, Journal, Writer, Calls
 #
-# What servers hold, and what belongs to the process: exit, fork, children of multiprocessing. The thread
-# starts at the first event, so that a new logger disturbs no fork. Signal handlers are the application's.
+# The thread starts at the first event, so that a new logger disturbs no fork. Signal handlers are the
+# application's.
 
 
 class Counters(NamedTuple):
     """How a logger is doing, for health checks, since the start of this process."""
 
-    accepted: int  # events taken by log_event
+    accepted: int  # taken by log_event
     written: int  # of these, in the journal
-    ingested: int  # moved into the database by this process, other processes' included
+    ingested: int  # moved into the database by this process, others' included
     dropped: int  # lost: the queue was full (on_full: drop)
     rejected: int  # journal lines kept aside: they could not be ingested
     errors: int  # faults of any kind
@@ -5167,19 +5167,20 @@ class Counters(NamedTuple):
 _UNENCODABLE = "[UNENCODABLE]"
 _UNENCODABLE_JSON = encode_text(encode_text(_UNENCODABLE))
 _NOTHING = ("", "", "", _UNENCODABLE_JSON, 0, "n/a", None, "error", _UNENCODABLE, None, None, None, ())
+_AnyPath: TypeAlias = str | os.PathLike[str]
 
 
-class AuditLogger:
+class AuditLogger(contextlib.AbstractContextManager["AuditLogger"]):
     """Records events: each is a line in the journal within milliseconds, and a row in DuckDB soon after.
 
     `log_event` never raises and, unless `durable` is set or the queue is full, never waits. Threads, signal
     and exit handlers may call it. Raises ConfigError for a wrong argument.
 
     Args:
-        path: the database file, or a DuckDB ATTACH target with the options `attach`.
+        path, attach: the database file, or a DuckDB ATTACH target and its options.
         enabled, durable: False makes every call return at once; True makes `log_event` wait for the disk.
         log_path: MXCP's name for `path`; `x.jsonl` stands for `x.duckdb` beside it.
-        journal: the journal's directory; by default `<path>.journal`.
+        journal, group: its directory, by default `<path>.journal`; True shares the log with a group (0660).
         flush_interval: seconds after which events leave the journal for the database.
         on_full: when 64 MiB wait in memory: "block" the caller or "drop" the event.
         max_input_bytes, max_result_bytes: a longer input, or body of a result, is cut, visibly.
@@ -5190,18 +5191,21 @@ class AuditLogger:
         trusted_proxies: addresses and networks of proxies whose X-Forwarded-For or Forwarded counts.
         strict: True, or names with `*`: such a call runs once its begin is in the journal, and is answered
             once its end is; after `strict_timeout` seconds (or "5s") it is an AuditUnavailableError.
-        group: True lets the users of one group share the log, with mode 0660.
     """
 
     _ingest: ClassVar[Callable[..., Mapping[str, Any]] | None] = None  # set by Assembly
+    # Of this process; a reload leaves the older loggers theirs.
+    _known: ClassVar[weakref.WeakValueDictionary[int, AuditLogger]] = weakref.WeakValueDictionary()
+    _started: ClassVar[set[AuditLogger]] = set()  # held until shut down, for the exit hook
+    _exiting: ClassVar[bool] = False
 
     def __init__(
         self,
-        path: str | os.PathLike[str] | None = None,
+        path: _AnyPath | None = None,
         enabled: bool = True,
         *,
-        log_path: str | os.PathLike[str] | None = None,
-        journal: str | os.PathLike[str] | None = None,
+        log_path: _AnyPath | None = None,
+        journal: _AnyPath | None = None,
         flush_interval: float | str = 1.0,
         durable: bool = False,
         on_full: str = "block",
@@ -5227,13 +5231,10 @@ class AuditLogger:
         self.__setstate__(config_from_arguments(**settings))
 
     @classmethod
-    def from_config(
-        cls, config: str | os.PathLike[str] | None = None, *, profile: str | None = None
-    ) -> AuditLogger:
+    def from_config(cls, config: _AnyPath | None = None, *, profile: str | None = None) -> AuditLogger:
         """Return the logger that `mxcp-site.yml` describes, disabled if the profile doesn't enable it.
 
-        `config`, the site file, is searched from the working directory upwards; `profile` is `MXCP_PROFILE`
-        or the file's own. Raises ConfigError, which names path and line.
+        By default `config` is searched upwards, `profile` is MXCP_PROFILE or the file's. Raises ConfigError.
         """
         self = cls.__new__(cls)
         self.__setstate__(load_config(config=config, profile=profile))
@@ -5248,18 +5249,14 @@ class AuditLogger:
         self._encoder = Encoder(redactor_of(config), max_input_bytes=config.max_input_bytes)
         journal = Journal(config.journal_directory, group=config.group)
         appender = Appender(journal, durable=config.durable, diagnostics=told, encode_begin=self._begin_line)
-        settings = {**config._asdict(), "attach": dict(config.attach), "sources": {}}
-        given = None if self._ingest is None else settings
+        given = {**config._asdict(), "attach": dict(config.attach), "sources": {}} if self._ingest else None
         self._ingester = ingester = Ingester(appender, given, interval=config.flush_interval)
-        drops, at_once = config.on_full == "drop", bool(config.strict)
-        start = self._activate
+        drops, at_once, start = config.on_full == "drop", bool(config.strict), self._activate
         self._writer = Writer(appender, ingester, drop_when_full=drops, on_start=start, at_once=at_once)
-        self._put = self._writer.put
         strict = "|".join(re.escape(name).replace(r"\*", ".*") for name in config.strict)
-        self._strict = re.compile(strict or "(?!)", re.DOTALL)
-        self.refused = 0
-        self.unfinished = Unfinished()
-        _live.known[id(self)] = self
+        self._strict = re.compile(strict or "(?!)", re.DOTALL).fullmatch
+        self.refused, self.unfinished = 0, Unfinished()
+        self._known[id(self)] = self
 
     def log_event(
         self,
@@ -5291,51 +5288,46 @@ class AuditLogger:
         Never raises, but lets Ctrl+C and a signal handler's `sys.exit` pass, once the event is recorded.
 
         Args:
-            caller: where the call came from: cli, http, stdio.
-            event_type, name: tool, resource or prompt, and its name or URI.
-            input_params: what it was called with; redacted, and encoded before this returns.
-            duration_ms: milliseconds, 0 … 2³¹−1.
-            policy_decision: allow, deny, warn or n/a; `reason` says why.
-            status: success or error; `error` is the message.
+            caller, event_type, name: cli, http or stdio; tool, resource or prompt, and its name or URI.
+            input_params, duration_ms: redacted and encoded before this returns; 0 … 2³¹−1.
+            policy_decision, reason: allow, deny, warn or n/a, and why.
+            status, error: success or error, and its message.
             endpoint_def: MXCP's definition of the endpoint: parameters marked `sensitive: true` are redacted.
             user_id, session_id, trace_id: who, in which session and trace; None where unknown.
             client, agent, address: the program ("claude-ai/1.2"), its OAuth client, where from.
-            server, request_id: the server, and the call's id in the protocol.
+            server, request_id, context: its name; the protocol's id; anything else by name, redacted.
             error_type, result_bytes: exception class or JSON-RPC code; size of the result, 0 … 2⁶³−1.
-            context: anything else, by name; redacted like the input.
         """
         if not self.enabled:
             return
         echoes: list[str] | None = None if error is None and reason is None else []
-        interrupt: BaseException | None = None
+        interrupt: object = None
         try:
             input_json = self._encoder.input_json(input_params, name, endpoint_def, echoes)
         except BaseException as fault:
-            interrupt = fault if isinstance(fault, INTERRUPTS) else None
-            input_json, echoes = self.take_input(input_params, name, endpoint_def)
+            interrupt, (input_json, echoes) = fault, self.take_input(input_params, name, endpoint_def)
         ticket = self._record(
             *(caller, event_type, name, input_json, duration_ms, policy_decision, reason, status, error),
             *(user_id, session_id, trace_id, echoes or ()),
             (client, agent, address, server, request_id, error_type, result_bytes, context),
         )
-        if interrupt is not None:
+        if isinstance(interrupt, INTERRUPTS):
             raise interrupt
         if self.config.durable:
             self._writer.wait_written(ticket)
 
-    def _record(self, *event: Any, end: bytes = b"") -> int:
+    def _record(self, *event: Any, end: bytes = b"", again: bool = False) -> int:
         """Queue an event, if need be without its content; return its ticket."""
+        line = b""
         try:
             line = self._encoder.line(*event)
-        except INTERRUPTS:  # they pass, after the event is recorded
-            with suppress(Exception):
-                self._put(self._encoder.line(*event) + end)
-            raise
         except BaseException as fault:
+            if isinstance(fault, INTERRUPTS) and not again:  # it passes, after the event is recorded
+                self._record(*event, end=end, again=True)
+                raise
             self.report_fault("an event could not be encoded; it is recorded without content", fault)
-            line = b""
         try:
-            return self._put((line or self._encoder.line(*_NOTHING)) + end)
+            return self._writer.put((line or self._encoder.line(*_NOTHING)) + end)
         except Exception as fault:
             self.report_fault("an event could not be recorded", fault)
             return 0
@@ -5362,7 +5354,7 @@ class AuditLogger:
 
     def is_strict(self, name: str) -> bool:
         """Return True for a name that is executed only on record."""
-        return bool(self.config.strict) and self._strict.fullmatch(name) is not None
+        return bool(self.config.strict) and self._strict(str(name)) is not None
 
     def _begin_line(self, call: Call, ref: str) -> bytes:
         """Return a call as the event that it is, should nothing follow."""
@@ -5373,57 +5365,46 @@ class AuditLogger:
 
     def finish(self, call: Call) -> int:
         """Queue the line of a call, unless it is part of another."""
-        if not self.enabled:
-            return 0
         begun, ticket = self._writer.begun, 0
-        ref = begun.end(call.number) if call.number else None
+        ref = begun.end(call.number)
         try:
-            if call.outer is None:
+            if call.outer is None and self.enabled:
                 ticket = self._record(*call.event(), end=b',"call":"%b"' % ref.encode() if ref else b"")
         finally:
             if ref:  # without a ticket there was an interrupt
                 begun.ended(call.number, ticket or self._writer.accepted)
         return ticket
 
-    def _refuse(self, call: Call) -> None:
-        """Count and end a call that isn't on record; raise AuditUnavailableError."""
-        self.refused += 1
-        what, seconds = f"{call.event_type} {call.name}", f"{self.config.strict_timeout:g} s"
-        fate = "executed, and its answer is withheld" if call.ended else "not executed"
-        error = AuditUnavailableError(f"{what} can't be put on record within {seconds}; it was {fate}")
-        self._diagnostics.report("strict", str(error))
-        call._end(error)
-        raise error
-
-    def wait(self, call: Call, done: Callable[[], bool] | None, error: BaseException | None = None) -> None:
-        """Wait for a call's begin or line, if for anything; refuse it if late, unless it failed."""
-        timeout = self.config.strict_timeout if call.strict else None
-        if done and not (done() or self._writer.wait_for(done, timeout)) and error is None:
-            self._refuse(call)
-
-    async def wait_async(
-        self, call: Call, done: Callable[[], bool], error: BaseException | None = None
+    def wait(
+        self, call: Call, done: Callable[[], bool] | None, error: object = None, *, late: bool = False
     ) -> None:
-        """Do the same while the event loop goes on."""
-        if done():
+        """Wait for a call's begin or line; AuditUnavailableError if late, unless the call failed."""
+        if done is None or done():
             return
-        import asyncio
+        seconds = self.config.strict_timeout
+        is_done = not late and self._writer.wait_for(done, seconds if call.strict else None)
+        if is_done or error is not None:
+            return
+        self.refused += 1
+        fate = "executed, and its answer is withheld" if call.ended else "not executed"
+        what = f"{call.event_type} {call.name} can't be put on record within {seconds:g} s; it was {fate}"
+        refusal = AuditUnavailableError(what)
+        self._diagnostics.report("strict", what)
+        call._end(refusal)
+        raise refusal
 
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:  # another kind of event loop
-            self.wait(call, done, error)
-            return
-        over = asyncio.Event()
-        timer = loop.call_later(self.config.strict_timeout, over.set) if call.strict else None
-        self._writer.call_when(done, lambda: loop.call_soon_threadsafe(over.set))
-        try:
-            await over.wait()
-        finally:
-            if timer is not None:
-                timer.cancel()
-        if not done() and error is None:
-            self._refuse(call)
+    async def wait_async(self, call: Call, done: Callable[[], bool], error: object = None) -> None:
+        """Do the same while the event loop goes on."""
+        running_loop = _loaded("asyncio", "_get_running_loop")
+        loop = running_loop and running_loop()
+        if loop is not None and not done():  # None: another kind of event loop
+            over = sys.modules["asyncio"].Event()
+            self._writer.call_when(done, lambda: loop.call_soon_threadsafe(over.set))
+            with contextlib.ExitStack() as stack:
+                if call.strict:
+                    stack.callback(loop.call_later(self.config.strict_timeout, over.set).cancel)
+                await over.wait()
+        self.wait(call, done, error, late=loop is not None)
 
     def record(
         self,
@@ -5449,8 +5430,7 @@ class AuditLogger:
         Arguments are those of `log_event`; exceptions of `denied_by` mean the decision `deny`.
         """
         given = {**locals()}  # the arguments by name, as of a Call
-        del given["self"]
-        return Call(self, **given)
+        return Call(given.pop("self"), **given)
 
     def policy(self, decision: str, reason: str | None = None) -> None:
         """Record what a policy decided about the call that runs here: allow, deny or warn, and why."""
@@ -5463,8 +5443,7 @@ class AuditLogger:
         """Return a middleware that records every tool call, resource read and prompt, refusals included.
 
         `server.add_middleware(audit.middleware())` of FastMCP 2 to 4, `server.middleware.append(…)` of SDK 2.
-        `caller` is by default `http` or `stdio`, as the request came. Exceptions of `denied_by`, also as a
-        cause, mean the policy decision `deny`; EventError for what are none.
+        Exceptions of `denied_by`, also as a cause, mean `deny`; EventError for others. `caller`: as it came.
         """
         return Middleware(self, caller, denied_by)
 
@@ -5475,26 +5454,22 @@ class AuditLogger:
         middleware = self.middleware(caller=caller, denied_by=denied_by)
         middleware.server = _text(_get(server, "name"))
         chain = getattr(server, "middleware", None)
-        inner: Any = getattr(server, "_mcp_server", server)
+        inner: Any = getattr(server, "_mcp_server", server)  # the SDK 1 is below FastMCP 2 and 3, too
         add = getattr(server, "add_middleware", chain.append if isinstance(chain, list) else None)
         if add is not None:
             add(middleware)
-        # The SDK 1 is below FastMCP 2 and 3, too.
         if isinstance(getattr(inner, "request_handlers", None), dict):
             inner.request_handlers = _AuditedHandlers(middleware, inner.request_handlers)
         elif add is None:
-            raise AuditError(
-                f"{type(server).__name__} has neither middleware nor request_handlers; decorate the tools "
-                "with @audit.tool(), or run the server under `mxcp-audit wrap`"
-            )
+            remedy = "decorate the tools with @audit.tool(), or run the server under `mxcp-audit wrap`"
+            raise AuditError(f"{type(server).__name__} has neither middleware nor request_handlers; {remedy}")
 
     def tool(
         self, name: str | None = None, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
     ) -> Callable[[Function], Function]:
-        """Record each execution of a function of any kind as a tool: `@audit.tool()`.
+        """Record each execution of a function as a tool: `@audit.tool()`; EventError without parentheses.
 
-        `name` is by default the function's, `caller` that of the request it runs in, or `cli`; `denied_by` as
-        of `middleware`. EventError without the parentheses.
+        `name` is by default the function's, `caller` that of the request it runs in, or `cli`.
         """
         return auditing(self, "tool", name, caller, denied_by)
 
@@ -5533,8 +5508,8 @@ class AuditLogger:
     def shutdown(self, timeout: float = 10.0) -> bool:
         """Write what is queued, ingest, end the thread, all within `timeout` seconds. Harmless to repeat.
 
-        It is called at exit. If the database is held, the journal keeps the events for the next start; later
-        events go there directly. False if some can't be written there; `logging` says how many.
+        Called at exit. If the database is held, the journal keeps the events for the next start; it takes
+        later ones directly. False if some can't be written there; `logging` says how many.
         """
         deadline = time.monotonic() + timeout
         self.unfinished.close()
@@ -5544,36 +5519,56 @@ class AuditLogger:
                 self._ingester.finish(ingest, deadline)
         finally:
             self._ingester.end_child()
-        _live.loggers.discard(self)
+        self._started.discard(self)
         if left:
-            self._diagnostics.note(
-                "left", f"{left} events could not be written to the journal before shutdown"
-            )
+            self._diagnostics.note("left", f"{counted(left, 'event')} could not be written to the journal")
         self._diagnostics.tell()
         return not left
 
     close = shutdown
-
-    def __enter__(self) -> AuditLogger:
-        return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.shutdown()
 
     def _activate(self) -> bool:
         """Be found by the exit hooks; return False while the program ends."""
-        if _live.exiting:
-            return False
-        if self in _live.loggers:  # an earlier thread ended, or could not be started
-            return True
-        _live.loggers.add(self)
+        if self._exiting or self in self._started:  # an earlier thread ended, or could not be started
+            return not self._exiting
+        self._started.add(self)
         place = f"{public_target(self.config.path)}, by way of {self.config.journal_directory}"
         self._diagnostics.note("start", f"events go to {place}", level=INFO)
-        parent = _loaded("multiprocessing.process", "parent_process")
         finalize = _loaded("multiprocessing.util", "Finalize")
-        if finalize and parent and parent() is not None:
+        if finalize and sys.modules["multiprocessing.process"].parent_process() is not None:
             finalize(None, self.shutdown, exitpriority=-100)  # they leave by os._exit, without atexit
         return True
+
+    @classmethod
+    def _at_exit(cls) -> None:
+        try:
+            for logger in list(cls._started):
+                try:
+                    logger.shutdown()
+                except Exception as error:  # the others have events, too
+                    logger._diagnostics.report("exit", "a logger could not be shut down", error=error)
+        except KeyboardInterrupt:  # a second Ctrl+C
+            for logger in list(cls._started):
+                if left := logger._writer.pending:
+                    text = f"interrupted at exit; {counted(left, 'event')} were not written"
+                    logger._diagnostics.report("exit", text)
+                logger._ingester.end_child()
+        finally:
+            cls._exiting = True
+
+    @classmethod
+    def _at_fork(cls, step: str) -> None:
+        """Have each writer take a step; a child has nothing queued or running."""
+        for reference in cls._known.valuerefs():  # a copy: other threads may make more meanwhile
+            if (logger := reference()) is not None:
+                if step == "start_afresh":
+                    cls._started.discard(logger)
+                    logger.refused, logger.unfinished = 0, Unfinished()
+                    logger._diagnostics.start_afresh()
+                getattr(logger._writer, step)()
 
 
 def redactor_of(config: Config) -> Redactor:
@@ -5582,51 +5577,11 @@ def redactor_of(config: Config) -> Redactor:
     return Redactor(config.redact, config.keep, mode=config.redact_mode, key=key)
 
 
-class _Live:
-    """The loggers of this process. A reload leaves the older loggers theirs."""
-
-    def __init__(self) -> None:
-        self.known: weakref.WeakValueDictionary[int, AuditLogger] = weakref.WeakValueDictionary()
-        self.loggers: set[AuditLogger] = set()  # with threads; held until shut down, for the exit hook
-        self.exiting = False
-
-    def at_exit(self) -> None:
-        """Shut every logger down that has had an event."""
-        try:
-            for logger in list(self.loggers):
-                try:
-                    logger.shutdown()
-                except Exception as error:  # the others have events, too
-                    logger._diagnostics.report("exit", "a logger could not be shut down", error=error)
-        except KeyboardInterrupt:  # a second Ctrl+C
-            for logger in list(self.loggers):
-                if left := logger._writer.pending:
-                    text = f"interrupted at exit; {counted(left, 'event')} were not written"
-                    logger._diagnostics.report("exit", text)
-                logger._ingester.end_child()
-        finally:
-            self.exiting = True
-
-    def at_fork(self, step: str) -> None:
-        """Have each writer take a step; a child has nothing queued or running."""
-        for reference in self.known.valuerefs():  # a copy: other threads may make more meanwhile
-            if (logger := reference()) is not None:
-                if step == "start_afresh":
-                    logger.unfinished = Unfinished()
-                    logger._diagnostics.start_afresh()
-                getattr(logger._writer, step)()
-        if step == "start_afresh":
-            self.loggers.clear()
-
-
-_live = _Live()
-atexit.register(_live.at_exit)
+atexit.register(AuditLogger._at_exit)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=functools.partial(_live.at_fork, "before_fork"),
-        after_in_parent=functools.partial(_live.at_fork, "after_fork_in_parent"),
-        after_in_child=functools.partial(_live.at_fork, "start_afresh"),
-    )
+    _steps = "before_fork", "after_fork_in_parent", "start_afresh"
+    _before, _parent, _child = (functools.partial(AuditLogger._at_fork, step) for step in _steps)
+    os.register_at_fork(before=_before, after_in_parent=_parent, after_in_child=_child)
 
 
 # === SQL ===
@@ -9235,36 +9190,36 @@ class Importer:
 # == Wrap ==
 # depends on: Errors, Writer, Calls, Logger
 #
-# A stdio server as our child, between it and its client. Bytes, signals and ends pass unchanged whatever the
-# recording does, unless `strict` says otherwise.
+# Bytes, signals and ends pass unchanged whatever the recording does, unless `strict` says otherwise.
 
 MAX_MESSAGE_BYTES = 256 * 2**20  # arbitrary: a message without an end must not take all memory
-_MAX_MESSAGE = f"a message longer than {MAX_MESSAGE_BYTES >> 20} MiB"
+_TOO_LONG = f"a message longer than {MAX_MESSAGE_BYTES >> 20} MiB passed unaudited"
+_SIGTERM, _SIGKILL = 15, 9  # on each system with process groups
 
 
 class StdioAudit(Exchange):
-    """Matches JSON-RPC requests with their responses, in the bytes between a client and a server.
+    """Matches requests with their answers, in the bytes between a client and a server.
 
-    Feed a piece *before* it is passed on: then no answer overtakes its request, or its row. Two threads may
-    feed the two sides.
+    Two threads feed the sides, a piece *before* it is passed on: no answer overtakes its request or its row.
     """
 
     def __init__(self, logger: AuditLogger) -> None:
         super().__init__(logger)
-        self._client_lines, self._server_lines = _Lines(), _Lines()
+        self._rests = bytearray(), bytearray()  # of a line, from server and client
         self._pending: dict[object, Call | tuple[str, object]] = {}  # by id: a call, or method and parameters
         self._session: object = None  # as `origin_of` reads one
 
     def _take_piece(self, data: bytes | None, *, is_client: bool) -> str | None:
         """Take in a piece from a side, or its end as None; return what is wrong with it."""
         problem = None
-        for line in (self._client_lines if is_client else self._server_lines).feed(data):
+        for line in _lines_of(self._rests[is_client], data):
             if is_client or self._pending or self._logger.unfinished:
-                messages, fault = self._messages(line, is_client=is_client)
-                problem = fault or problem
+                messages, fault = self.messages(line, is_client=is_client)
+                problem = (fault if line else _TOO_LONG) or problem
                 for message in messages:
+                    parts = _parts_of(message)
                     try:
-                        self._take_request(message) if is_client else self._take_answer(message)
+                        self._take_request(*parts) if is_client else self._take_answer(*parts, message)
                     except AuditUnavailableError as error:
                         problem = str(error)
         return problem
@@ -9272,20 +9227,25 @@ class StdioAudit(Exchange):
     from_client = functools.partialmethod(_take_piece, is_client=True)
     from_server = functools.partialmethod(_take_piece, is_client=False)
 
-    def _take_request(self, message: dict[str, Any]) -> None:
-        key, method, params = _parts_of(message)
+    def _take_request(self, key: object, method: str, params: Any) -> None:
         if method == "initialize" or method.startswith("tasks/"):
             self._pending[key] = method, params
             if method == "initialize":
                 self._session = types.SimpleNamespace(client_params=params)
         elif method == "notifications/cancelled":
             texts = "cancelled by the client", _text(_get(params, "reason"))
-            self._finish(_key_of(_get(params, "requestId")), ": ".join(filter(None, texts)))
+            self.finish(_key_of(_get(params, "requestId")), ": ".join(filter(None, texts)))
         elif method in MCP_METHODS:
             self._begin(key, method, params)
 
-    def _take_answer(self, message: dict[str, Any]) -> None:
-        key, method, params = _parts_of(message)
+    def _begin(self, key: object, method: str, params: object) -> None:
+        context = types.SimpleNamespace(meta=_get(params, "_meta"), session=self._session, request_id=key)
+        call = self.call_of(MCP_METHODS[method], context, params)
+        self.finish(key, "its id was used again before it was answered")
+        self._pending[key] = call
+        call.begin() if key is not None else self.finish(key, "sent without an id that could be answered")
+
+    def _take_answer(self, key: object, method: str, params: Any, message: dict[str, Any]) -> None:
         if isinstance(key, str) and key.isdecimal() and key not in self._pending:
             key = _json_int(key)  # clients of the SDKs take "7" for 7
         pending, result, failure = self._pending.get(key), message.get("result"), message.get("error")
@@ -9297,73 +9257,52 @@ class StdioAudit(Exchange):
         elif failure is not None:
             code = _text(_get(failure, "code"))
             text = _text(_get(failure, "message")) or _text(failure) or "the server answered with an error"
-            self._finish(key, f"{text} ({code})" if code else text, code)
+            self.finish(key, f"{text} ({code})" if code else text, code)
         elif pending is not None:
             conclude(pending, result, self)
-            self._pending.pop(key, None) if pending.waits else self._finish(key)
+            self._pending.pop(key, None) if pending.waits else self.finish(key)
 
-    def close(self, reason: str) -> None:
-        """Record every unanswered call, with `reason` as its error."""
-        for key in list(self._pending):
-            self._finish(key, reason, waits=False)
-        self._logger.unfinished.close()
-
-    def _messages(self, line: bytes | None, *, is_client: bool) -> tuple[list[dict[str, Any]], str | None]:
-        """Return the messages of a line, as any reader may take it, and what is wrong with it."""
-        messages: list[dict[str, Any]] = []
-        twice: list[dict[str, Any]] = []  # objects with a name twice, as readers of the first one see them
-        faults: list[str] = []
-
-        def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-            last = dict(pairs)
-            if len(last) < len(pairs):
-                twice.append(dict(reversed(pairs)))
-            return last
-
-        text = (line or b"").strip().decode("utf-8", "replace").lstrip("\ufeff")
-        # Node's SDK ends lines at LF, Python's at CR as well.
-        for reading in filter(str.strip, [*text.split("\r"), text] if "\r" in text else [text]):
-            try:
-                value = json.loads(reading, parse_int=_json_int, object_pairs_hook=_object)
-            except RecursionError:
-                return messages, "a message passed unaudited: it is nested too deeply"
-            except ValueError:
-                faults.append("a line passed unaudited: it is no JSON" if is_client else "")
-            else:
-                faults.append("")
-                batch, known = value if isinstance(value, list) else [value], list(messages)
-                messages += [each for each in batch if type(each) is dict and each not in known]
-        fault = faults and faults[-1] and next(filter(None, faults[:-1] or faults), "")
-        if is_client and any("method" in each for each in twice):
-            fault = "a message names its method twice: servers may differ in what they execute"
-        return messages, f"{_MAX_MESSAGE} passed unaudited" if line is None else fault or None
-
-    def _begin(self, key: object, method: str, params: object) -> None:
-        context = types.SimpleNamespace(meta=_get(params, "_meta"), session=self._session, request_id=key)
-        call = self.call_of(MCP_METHODS[method], context, params)
-        self._finish(key, "its id was used again before it was answered")
-        self._pending[key] = call
-        if key is None:
-            self._finish(key, "sent without an id that could be answered")
-        else:
-            call.begin()
-
-    def _finish(
-        self, key: object, error: str | None = None, error_type: str | None = None, *, waits: bool = True
-    ) -> None:
+    def finish(self, key: object, error: object = None, code: str | None = None, waits: bool = True) -> None:
         call = self._pending.pop(key, None)
         if isinstance(call, Call):
             if error is not None:
-                call.fail(error, error_type)
+                call.fail(error, code)
             call.end() if waits else call._end(None)
 
-    def withdraw(self, line: bytes, reason: str, *, is_client: bool) -> list[object]:
-        """Record that a line is not passed on; return the ids that the client waits for."""
-        parts = map(_parts_of, self._messages(line, is_client=is_client)[0])
-        keys = [key for key, method, _ in parts if key is not None and bool(method) is is_client]
-        for key in keys:
-            self._finish(key, reason, "AuditUnavailableError", waits=False)
-        return keys
+    def close(self, reason: str) -> None:  # of what is unanswered
+        for key in list(self._pending):
+            self.finish(key, reason, waits=False)
+        self._logger.unfinished.close()
+
+    def messages(self, line: bytes, *, is_client: bool) -> tuple[list[dict[str, Any]], str | None]:
+        """Return the messages of a line, as any reader may take it, and what is wrong with it."""
+        messages: list[dict[str, Any]] = []
+        unreadable: list[str] = []
+        doubtful: list[object] = []  # objects that readers of the first, the last or any case see differently
+
+        def _hook(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            last, names = dict(pairs), [name.lower() for name, _ in pairs]
+            if "method" in names and (len(last) < len(names) or names.count("method") > 1):
+                doubtful.append(last)
+            return last
+
+        text = line.strip().decode("utf-8", "replace").lstrip("\ufeff")
+        parts = text.split("\r")  # Node's SDK ends lines at LF, Python's at CR as well
+        for piece in filter(str.strip, parts if parts == [text] else [*parts, text]):
+            try:
+                value = json.loads(piece, parse_int=_json_int, object_pairs_hook=_hook if is_client else None)
+            except RecursionError:
+                return messages, "a message passed unaudited: it is nested too deeply"
+            except ValueError:
+                unreadable.append(piece)
+                continue
+            batch = value if isinstance(value, list) else [value]
+            known = messages[:] if piece is text else []  # by its parts
+            messages += [each for each in batch if type(each) is dict and each not in known]
+        if doubtful:
+            return messages, "a message names its method twice: servers may differ in what they execute"
+        is_none = is_client and text in unreadable and not {*parts}.isdisjoint(unreadable)
+        return messages, "a line passed unaudited: it is no JSON" if is_none else None
 
 
 def _parts_of(message: Mapping[str, Any]) -> tuple[object, str, Any]:
@@ -9379,63 +9318,61 @@ def _key_of(value: object) -> object:
 
 
 def _json_int(text: str) -> int | str:
-    """Take a number of any length, as JavaScript does."""
-    return int(text) if len(text) <= 4000 else text  # below Python's limit of digits
+    return int(text) if len(text) <= 640 else text  # JavaScript takes any; Python's limit is never lower
 
 
-class _Lines:
-    def __init__(self) -> None:
-        self._line = bytearray()
-
-    def feed(self, data: bytes | None) -> Iterator[bytes | None]:
-        """Yield the lines that `data`, or the end, completes; None if too long."""
-        if data is None:  # some take a last line that has no end
-            data = b"\n" if self._line else b""
-        for number, piece in enumerate(data.split(b"\n")):
-            if number:
-                yield bytes(self._line) if len(self._line) <= MAX_MESSAGE_BYTES else None
-                self._line = bytearray()
-            if len(self._line) <= MAX_MESSAGE_BYTES:
-                self._line += piece
-
-
-_SIGTERM, _SIGKILL = 15, 9  # on each system with process groups
+def _lines_of(rest: bytearray, data: bytes | None) -> Iterator[bytes]:
+    """Yield the lines that `data`, or the end, completes, an empty one if too long; keep the rest."""
+    if data is None:  # some take a last line that has no end
+        data = b"\n" if rest else b""
+    for number, piece in enumerate(data.split(b"\n")):
+        if number:
+            line = b"".join((rest, b"\n")) if len(rest) <= MAX_MESSAGE_BYTES else b""
+            rest.clear()  # first: whoever takes the line may fail
+            yield line
+        rest += piece[: MAX_MESSAGE_BYTES + 1 - len(rest)]
 
 
 class WrappedServer:
     """A stdio server as our child, with a thread for each direction, and one that waits for its end.
 
-    Pieces pass as they come; for a strict logger whole lines, each once it is understood and on record. The
-    child and what it starts (`npx` starts the server) are a process group: it gets the signals that we get,
-    and nothing of it is left behind.
+    Pieces pass as they come; for a strict logger whole lines, each once it is on record. The child and what
+    it starts (`npx` starts the server) are a process group: it gets our signals, and nothing of it is left.
     """
 
     GRACE_SECONDS = 2.0  # as the SDKs give a server
-    _process: Any
 
     def __init__(self, command: Sequence[str], audit: AuditLogger) -> None:
-        self._command, self._audit = list(command), audit
-        self._strict = bool(audit.config.strict) and audit.enabled
-        self._told = Diagnostics()
-        self._stdio = StdioAudit(audit)
-        self._client_gone = False
-        self._reading_since = 0.0  # inf while a piece is recorded and passed on
-        self._answering = threading.Lock()  # refusals, too
-
-    def run(self) -> int:
-        """Run the server; return its exit code, negative if a signal ended it."""
         import shutil
         import subprocess
 
+        self._enabled, self._strict = audit.enabled, bool(audit.config.strict) and audit.enabled
+        self._told, self._stdio = Diagnostics(), StdioAudit(audit)
+        self._client_gone, self._reading_since = False, 0.0  # inf while a piece is recorded and passed on
+        self._answering = threading.Lock()  # refusals, too
+        die_with_us = None
+        with suppress(Exception):  # Linux can
+            import ctypes
+
+            die_with_us = functools.partial(ctypes.CDLL(None).prctl, 1, _SIGKILL)  # PR_SET_PDEATHSIG
         # Windows needs the path of npx.cmd.
-        command = [shutil.which(self._command[0]) or self._command[0], *self._command[1:]]
+        args, pipe = [shutil.which(command[0]) or command[0], *command[1:]], subprocess.PIPE
         try:
-            self._process = subprocess.Popen(  # safe: no thread of ours runs yet
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, preexec_fn=_child_setup()
+            self._process: Any = subprocess.Popen(  # safe: no thread of ours runs yet
+                args, bufsize=0, stdin=pipe, stdout=pipe, start_new_session=True, preexec_fn=die_with_us
             )
         except OSError as error:
-            raise AuditError(f"{self._command[0]} can't be started: {error.strerror}") from error
-        self._forward_signals()
+            raise AuditError(f"{command[0]} can't be started: {error.strerror}") from error
+
+    def run(self) -> int:
+        """Pass everything on; return the server's exit code, negative if a signal ended it."""
+        import signal
+
+        for name in ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup, for one
+                with suppress(ValueError, OSError):
+                    signal.signal(number, self._signal)
         tasks = self._pass_requests, self._pass_answers, self._process.wait
         _, answers, waiter = threads = [threading.Thread(target=task, daemon=True) for task in tasks]
         for thread in threads:
@@ -9446,22 +9383,9 @@ class WrappedServer:
         while answers.is_alive() and time.monotonic() < max(ended, self._reading_since) + self.GRACE_SECONDS:
             answers.join(0.1)
         self._end_group(_SIGTERM, _SIGKILL)
-        who = "client" if self._client_gone else "server"
-        self._stdio.close(f"the {who} went away before it was answered")
+        side = "client" if self._client_gone else "server"
+        self._stdio.close(f"the {side} went away before it was answered")
         return int(self._process.returncode)
-
-    def _forward_signals(self) -> None:
-        import signal
-
-        def forward(number: int, frame: object) -> None:
-            with suppress(OSError):
-                self._signal(number)
-
-        for name in ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
-            number = getattr(signal, name, None)
-            if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup, for one
-                with suppress(ValueError, OSError):
-                    signal.signal(number, forward)
 
     def _pass_requests(self) -> None:
         try:
@@ -9471,7 +9395,6 @@ class WrappedServer:
         except OSError:  # the server reads no more, as the client shall see
             _give_up(0)
             return
-        self._is_admitted(None, is_client=True)
         self._process.stdin.close()
         if _reader_is_gone(1):
             self._client_gone = True
@@ -9483,42 +9406,37 @@ class WrappedServer:
             if self._is_admitted(data, is_client=False):
                 self._answer(data)
             self._reading_since = time.monotonic()
-        self._is_admitted(None, is_client=False)
         _give_up(1)
 
-    def _pieces_of(self, fd: int) -> Iterator[bytes]:
-        """Yield what comes, as it comes; for a strict logger in whole lines."""
-        reads, lines = iter(functools.partial(_read, fd), b""), _Lines()
-        if not self._strict:
-            yield from reads
-            return
-        for line in itertools.chain.from_iterable(map(lines.feed, itertools.chain(reads, [None]))):
-            if line is not None:
-                yield line + b"\n"
-            else:
-                self._told.report("strict", f"{_MAX_MESSAGE} was refused")
+    def _pieces_of(self, fd: int) -> Iterator[bytes | None]:
+        """Yield what comes, as it comes, for a strict logger in whole lines; None at the end."""
+        rest = bytearray()
+        with suppress(OSError):  # there may be no such file
+            while data := os.read(fd, 2**16):
+                yield from _lines_of(rest, data) if self._strict else [data]
+        yield from _lines_of(rest, None)
+        yield None
 
     def _is_admitted(self, data: bytes | None, *, is_client: bool) -> bool:
         """Record a piece; return False if a strict logger refuses it, and answer so."""
-        if not self._audit.enabled:
-            return True
+        problem = _TOO_LONG if data == b"" else None
         try:
-            problem = (self._stdio.from_client if is_client else self._stdio.from_server)(data)
+            if self._enabled and not problem:
+                problem = (self._stdio.from_client if is_client else self._stdio.from_server)(data)
         except Exception as fault:
             problem = f"a message passed unaudited: {describe_exception(fault)}"
-        if problem is None:
-            return True
-        if not self._strict:
+        if problem and self._strict:
+            problem = problem.replace(" passed unaudited", " was refused")
+            error = {"code": -32000, "message": problem}
+            for key, method, _ in map(_parts_of, self._stdio.messages(data or b"", is_client=is_client)[0]):
+                if key is not None and bool(method) is is_client:  # the client waits for it
+                    self._stdio.finish(key, problem, "AuditUnavailableError", waits=False)
+                    self._answer(json.dumps({"jsonrpc": "2.0", "id": key, "error": error}).encode() + b"\n")
+        if problem:
             self._told.report("wrap", problem)
-            return True
-        reason = problem.replace(" passed unaudited", " was refused")
-        self._told.report("strict", reason)
-        for key in self._stdio.withdraw(data or b"", reason, is_client=is_client):
-            error = {"code": -32000, "message": reason}
-            self._answer(json.dumps({"jsonrpc": "2.0", "id": key, "error": error}).encode() + b"\n")
-        return False
+        return not (problem and self._strict)
 
-    def _answer(self, data: bytes) -> None:
+    def _answer(self, data: bytes | None) -> None:
         with self._answering:
             if not self._client_gone:
                 try:
@@ -9526,57 +9444,35 @@ class WrappedServer:
                 except OSError:  # what comes now is for the record only
                     self._client_gone = True
 
-    def _signal(self, number: int) -> None:
-        """Send a signal to the server's group, or to the server; 0 only asks."""
-        if hasattr(os, "killpg"):
-            os.killpg(self._process.pid, number)
-        elif self._process.poll() is not None:
-            raise ProcessLookupError
-        elif number:
-            self._process.send_signal(number)
+    def _signal(self, number: int, frame: object = None) -> bool:
+        """Send a signal to the server's group, or ask by 0; return False if nobody is left."""
+        try:
+            if hasattr(os, "killpg"):
+                os.killpg(self._process.pid, number)
+            elif number:
+                self._process.send_signal(number)
+            return hasattr(os, "killpg") or self._process.poll() is None
+        except (OSError, ValueError):  # Windows knows few signals
+            return False
 
     def _end_group(self, *numbers: int) -> None:
         """Send signals, each if the one before didn't end the whole group."""
-        with suppress(OSError):  # nobody is left
-            for number in numbers:
-                deadline = time.monotonic() + self.GRACE_SECONDS * (number != _SIGKILL)
-                self._signal(number)
-                while time.monotonic() < deadline:
-                    self._signal(0)
-                    time.sleep(0.02)
+        for number in numbers:
+            deadline = time.monotonic() + self.GRACE_SECONDS * (number != _SIGKILL)
+            self._signal(number)
+            while time.monotonic() < deadline and self._signal(0):
+                time.sleep(0.02)
 
 
-def _child_setup() -> Callable[[], object] | None:
-    """Return what a child calls first: to lead a group, and die with us."""
-    if not hasattr(os, "setpgid"):
-        return None
-    steps: list[Callable[[], object]] = [functools.partial(os.setpgid, 0, 0)]
-    if sys.platform == "linux":
-        with suppress(ImportError, OSError, AttributeError):
-            import ctypes
-
-            steps.append(functools.partial(ctypes.CDLL(None).prctl, 1, _SIGKILL))  # PR_SET_PDEATHSIG
-    return lambda: [step() for step in steps]
-
-
-def _read(fd: int) -> bytes:
-    try:
-        return os.read(fd, 2**16)
-    except OSError:  # there may be no such file
-        return b""
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    rest = memoryview(data)
+def _write_all(fd: int, data: bytes | None) -> None:
+    rest = memoryview(data or b"")
     while rest:
         rest = rest[os.write(fd, rest) :]
 
 
 def _give_up(fd: int) -> None:
     """Close a pipe but keep its number, lest a segment become stdout."""
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, fd)
-    os.close(null)
+    os.dup2(os.open(os.devnull, os.O_RDWR), fd)
 
 
 def _reader_is_gone(fd: int, seconds: float | None = None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 import collections
+import contextlib
 import contextvars
 import functools
 import gc
@@ -759,6 +760,19 @@ def test_input_whose_repr_raises_what_is_no_exception_is_recorded(
     audit.log_event("cli", "tool", "logged", {"x": Hostile_()})
     with audit.record("tool", "called", {"x": Hostile_()}):
         pass
+    assert len(recorded(audit)) == 2
+
+
+def test_values_whose_own_methods_raise_what_is_no_exception_cost_no_event(audit: AuditLogger) -> None:
+    class Hostile_(str):
+        def __hash__(self) -> int:
+            raise SystemExit
+
+        __float__ = __hash__
+
+    for wrong in ({"caller": Hostile_("cli")}, {"duration_ms": Hostile_("1")}):
+        with contextlib.suppress(SystemExit):
+            audit.log_event(**{"caller": "cli", "event_type": "tool", "name": "t", **wrong})  # type: ignore[arg-type]
     assert len(recorded(audit)) == 2
 
 

@@ -602,6 +602,7 @@ def test_strict_takes_true_false_and_names(db: Path) -> None:
         (["delete_*", "a.c"], "delete_user", True),
         (["delete_*", "a.c"], "abc", False),
         (["*://secret/*"], "file://secret/x", True),
+        (True, 7, True),  # whatever is given as a name
     ):
         audit = m.AuditLogger(db, strict=strict)  # type: ignore[arg-type]
         assert audit.is_strict(name) is expected

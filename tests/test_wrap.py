@@ -255,11 +255,38 @@ def test_stdio_whatever_a_reader_would_execute_is_recorded_once(monkeypatch: pyt
         assert sorted(map(str, seen)) == sorted(map(str, expected)), data
 
 
+def test_stdio_line_that_cannot_be_taken_does_not_spoil_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is known to do that."""
+    seen: list[object] = []
+
+    def begin(self: object, key: object, method: str, params: object) -> None:
+        seen.append(key)
+        if key == 1:
+            raise ValueError("unforeseen")
+
+    monkeypatch.setattr(mxcp_audit.StdioAudit, "_begin", begin)
+    audit = mxcp_audit.StdioAudit(mxcp_audit.AuditLogger("unused.duckdb", enabled=False))
+    with pytest.raises(ValueError):
+        audit.from_client(call(1))
+    assert audit.from_client(call(2)) is None
+    assert seen == [1, 2]
+
+
+@pytest.mark.parametrize("end", [b"\r", b"\n"])
+def test_stdio_call_that_is_sent_twice_is_recorded_twice(end: bytes) -> None:
+    audit, seen = mxcp_audit.StdioAudit(mxcp_audit.AuditLogger("unused.duckdb", enabled=False)), []
+    audit._begin = lambda key, method, params: seen.append(key)  # type: ignore[method-assign]
+    line = call(1).strip()
+    audit.from_client(line + end + line + b"\n")
+    assert seen == [1, 1]
+
+
 @pytest.mark.parametrize(
     "line",
     [
         b"{'method': 'tools/call'}",
         b'{"method": "ping", "method": "tools/call", "id": 1}',
+        b'{"method": "ping", "METHOD": "tools/call", "id": 1}',
         b"{'a':\r'b'}",
         b"{,}",
         b"{'method': 'tools/call'}\r{}",

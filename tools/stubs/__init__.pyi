@@ -3,7 +3,6 @@ import contextlib
 import os
 import re
 import time
-import weakref
 from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
 
@@ -455,14 +454,14 @@ class Counters(NamedTuple):
     last_error: str | None
     refused: int = ...
 
-class AuditLogger:
+class AuditLogger(contextlib.AbstractContextManager["AuditLogger"]):
     def __init__(
         self,
-        path: str | os.PathLike[str] | None = None,
+        path: _AnyPath | None = None,
         enabled: bool = True,
         *,
-        log_path: str | os.PathLike[str] | None = None,
-        journal: str | os.PathLike[str] | None = None,
+        log_path: _AnyPath | None = None,
+        journal: _AnyPath | None = None,
         flush_interval: float | str = 1.0,
         durable: bool = False,
         on_full: str = "block",
@@ -480,9 +479,7 @@ class AuditLogger:
         attach: Mapping[str, object] | None = None,
     ) -> None: ...
     @classmethod
-    def from_config(
-        cls, config: str | os.PathLike[str] | None = None, *, profile: str | None = None
-    ) -> AuditLogger: ...
+    def from_config(cls, config: _AnyPath | None = None, *, profile: str | None = None) -> AuditLogger: ...
     def log_event(
         self,
         caller: str,
@@ -516,11 +513,9 @@ class AuditLogger:
     def is_strict(self, name: str) -> bool: ...
     def finish(self, call: Call) -> int: ...
     def wait(
-        self, call: Call, done: Callable[[], bool] | None, error: BaseException | None = None
+        self, call: Call, done: Callable[[], bool] | None, error: object = None, *, late: bool = False
     ) -> None: ...
-    async def wait_async(
-        self, call: Call, done: Callable[[], bool], error: BaseException | None = None
-    ) -> None: ...
+    async def wait_async(self, call: Call, done: Callable[[], bool], error: object = None) -> None: ...
     def record(
         self,
         event_type: str,
@@ -558,16 +553,7 @@ class AuditLogger:
     def wait_written(self, timeout: float = 10.0) -> bool: ...
     def shutdown(self, timeout: float = 10.0) -> bool: ...
     close = shutdown
-    def __enter__(self) -> AuditLogger: ...
     def __exit__(self, *exc_info: object) -> None: ...
-
-class _Live:
-    known: weakref.WeakValueDictionary[int, AuditLogger]
-    loggers: set[AuditLogger]
-    exiting: bool
-    def __init__(self) -> None: ...
-    def at_exit(self) -> None: ...
-    def at_fork(self, step: str) -> None: ...
 
 class Filter(NamedTuple):
     tools: tuple[str, ...] = ...
@@ -814,12 +800,11 @@ class StdioAudit(Exchange):
     def __init__(self, logger: AuditLogger) -> None: ...
     from_client: Incomplete
     from_server: Incomplete
+    def finish(
+        self, key: object, error: object = None, code: str | None = None, waits: bool = True
+    ) -> None: ...
     def close(self, reason: str) -> None: ...
-    def withdraw(self, line: bytes, reason: str, *, is_client: bool) -> list[object]: ...
-
-class _Lines:
-    def __init__(self) -> None: ...
-    def feed(self, data: bytes | None) -> Iterator[bytes | None]: ...
+    def messages(self, line: bytes, *, is_client: bool) -> tuple[list[dict[str, Any]], str | None]: ...
 
 class WrappedServer:
     GRACE_SECONDS: float
@@ -834,4 +819,5 @@ _Names: TypeAlias = "Sequence[str]"
 _Tool: TypeAlias = "str | None"
 _Echo: TypeAlias = "list[str] | None"
 _Strings: TypeAlias = tuple[str, str]
+_AnyPath: TypeAlias = str | os.PathLike[str]
 _Report: TypeAlias = dict[str, Any]
