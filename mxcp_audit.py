@@ -8841,8 +8841,8 @@ class Checkup:
 # === Output ===
 # depends on: Errors, Events, SQL, Engines, Store
 #
-# Rows → what people and programs read. Nothing that was recorded can act on a terminal: what is not
-# printable becomes an escape. Data formats keep the original.
+# Rows → what people and programs read. What is not printable becomes an escape, so that nothing recorded
+# acts on a terminal; data formats keep the original.
 
 # == Text ==
 # depends on: Errors, Events, SQL, Engines
@@ -8865,20 +8865,19 @@ def display_width(text: str) -> int:
     return sum(0 if joined else 1 + (east_asian_width(char) in "WF") for char, joined in zip(text, joins))
 
 
+def clip(text: str, width: int | None) -> str:
+    """Return the text in at most `width` cells, cut with an ellipsis."""
+    if width is None or display_width(text) <= width:
+        return text
+    ends = itertools.accumulate(map(display_width, text))  # combining characters stay with their letter
+    return text[: sum(1 for _ in itertools.takewhile(width.__gt__, ends))] + "…" if width > 0 else ""
+
+
 def fit(text: str, width: int, *, right: bool = False) -> str:
-    """Return the text in exactly `width` cells: padded, or cut with an ellipsis."""
-    if display_width(text) > width:
-        text = _head(text, width - 1) + "…" if width > 0 else ""
+    """Return the text in exactly `width` cells: cut or padded."""
+    text = clip(text, width)
     blanks = " " * (width - display_width(text))
     return blanks + text if right else text + blanks
-
-
-def _head(text: str, width: int) -> str:
-    """Return what fits into `width` cells, with the combining characters."""
-    if text[: width + 1].isascii():
-        return text[:width]
-    ends = itertools.accumulate(map(display_width, text))
-    return text[: sum(end <= width for end in ends)]
 
 
 def takes_unicode(file: TextIO) -> bool:
@@ -8957,7 +8956,6 @@ def write_csv(file: TextIO, names: Sequence[str], rows: Iterable[Row], *, raw: b
 
 SHORT_COLUMNS = ("timestamp", "type", "name", "status", "policy_decision", "duration_ms", "caller")
 WIDE_COLUMNS = (*SHORT_COLUMNS, *(c.name for c in COLUMNS[10:-2] if c.name != "context"), "event_id")
-_HEADERS = {"timestamp": "TIME (UTC)", "policy_decision": "POLICY", "duration_ms": "MS"}
 _FIRST_WIDTHS = {"timestamp": 19, "name": 16, "status": 7}  # before anything is known, when following
 _STYLES = {"error": "\x1b[31m", "deny": "\x1b[31m", "warn": "\x1b[33m"}
 
@@ -8978,9 +8976,9 @@ def write_events(
     events = [dict(zip(PUBLIC_COLUMNS, row)) for row in rows]
     cells = [[_cell(event[name], name, local) for name in columns] for event in events]
     if not widths:
-        heads = [_HEADERS.get(column, column.upper()) for column in columns]
-        cells.insert(0, [head.replace("UTC", "local") if local else head for head in heads])
-        events.insert(0, {})
+        time = f"TIME ({'local' if local else 'UTC'})"
+        heads = {"timestamp": time, "policy_decision": "POLICY", "duration_ms": "MS"}
+        events, cells = [{}, *events], [[heads.get(name, name.upper()) for name in columns], *cells]
     if widths == []:
         widths += [_FIRST_WIDTHS.get(column, 0) for column in columns]
     are_numbers = [column in ("duration_ms", "result_bytes") for column in columns]
@@ -8989,8 +8987,7 @@ def write_events(
         _write(file, f"{style}{line}\x1b[0m" if style and colour else line)
         for label in ("reason", "error") if with_reasons else ():
             if event.get(label):
-                text = f"    {label}: {printable(event[label])}"
-                _write(file, fit(text, width).rstrip() if width else text)
+                _write(file, clip(f"    {label}: {printable(event[label])}", width))
         if with_input and event:
             _write(file, "    " + printable(event["input_json"] or "-"))
 
@@ -9030,16 +9027,15 @@ def _aligned(
         widths[:] = [min(size, 80) for size in widths]
     excess = sum(widths) + 2 * (len(widths) - 1) - width if width else 0
     for index in sorted(range(len(widths)), key=lambda n: -widths[n]):  # texts shrink to a time's 19 cells
-        cut = 0 if are_numbers[index] else max(0, min(excess, widths[index] - 19))
-        widths[index] -= cut
-        excess -= cut
+        less = 0 if are_numbers[index] else max(0, min(excess, widths[index] - 19))
+        widths[index] -= less
+        excess -= less
     for row in rows:
         cells = (
             fit(cell, size if width else max(size, display_width(cell)), right=is_number)
             for cell, size, is_number in zip(row, widths, are_numbers)
         )
-        line = "  ".join(cells).rstrip()
-        yield fit(line, width).rstrip() if width else line
+        yield clip("  ".join(cells).rstrip(), width)
 
 
 def local_time(text: str) -> str:
@@ -9319,12 +9315,10 @@ WHERE status = 'error' AND starts_with(error, 'unfinished:') ORDER BY timestamp 
 def _html_table(heads: str, rows: Iterable[Sequence[object]]) -> str:
     """Return rows as a table; what comes from the log is escaped."""
     kinds = [' class="n"' if name.startswith("#") else "" for name in heads.split(",")]
-
-    def line(tag: str, cells: Iterable[object]) -> str:
-        return f"<tr>{''.join(f'<{tag}{kind}>{_html(cell)}' for kind, cell in zip(kinds, cells))}</tr>"
-
-    lines = [line("th", heads.replace("#", "").split(",")), *(line("td", row) for row in rows)]
-    return "<table>" + "\n".join(lines) + "</table>"
+    text = "<table>"
+    for tag, *cells in (("th", *heads.replace("#", "").split(",")), *(("td", *row) for row in rows)):
+        text += f"<tr>{''.join(f'<{tag}{kind}>{_html(cell)}' for kind, cell in zip(kinds, cells))}</tr>\n"
+    return text + "</table>"
 
 
 def _html(value: object) -> str:
@@ -9354,13 +9348,12 @@ def _chart(unit: str, buckets: Sequence[tuple[str, int, int, int]]) -> Iterator[
         title = ", ".join(f"{count:,} {name}" for count, name in zip(counts, _OUTCOMES))
         yield f"<g><title>{label}: {title}</title>"
         for count, name in zip(counts, _OUTCOMES):
-            tall = height * count / limit
-            y -= tall
+            y -= height * count / limit
             if count:
                 yield f'<rect class="{name}" x="{x:.1f}" y="{y:.1f}" width="{max(bar * 0.85, 0.5):.1f}" '
-                yield f'height="{tall:.1f}"/>'
+                yield f'height="{height * count / limit:.1f}"/>'
         yield "</g>" if number % every else f'</g><text x="{x:.1f}" y="{base + 16}">{label}</text>'
-    for x, name in zip((left, left + 90, left + 180), _OUTCOMES):
+    for x, name in zip(itertools.count(left, 90), _OUTCOMES):
         yield f'<rect class="{name}" x="{x}" y="226" width="12" height="12"/>'
         yield f'<text x="{x + 17}" y="236">{name}</text>'
     yield "</svg>"
@@ -9388,13 +9381,14 @@ def report_html(reading: Reading, what: Filter, facts: Mapping[str, str], *, new
         if any(group is not None for group, *_ in groups):
             title = "Tools, resources and prompts" if by == "name" else f"{by.title()}s"
             yield f"<h2>{title}</h2>{_html_table(heads.format(by), groups)}"
+    tables = [
+        (text.partition("\n")[0], ask(text.partition("\n")[2])) for text in _REPORT_TABLES.split("\n\n")
+    ]
     places = [PUBLIC_COLUMNS.index(name) for name in ("timestamp", "name", "user_id", "duration_ms")]
-    tables: dict[str, Sequence[Sequence[Any]]] = {
-        **{head: ask(sql) for head, sql in (text.split("\n", 1) for text in _REPORT_TABLES.split("\n\n"))},
-        "Running calls: since,name,user,#ms": [[row[n] for n in places] for row in reading.running(what)],
-        "Lost events: entered at,#events,reason": reading.losses(),
-    }
-    for head, rows in tables.items():
+    running = [tuple(row[place] for place in places) for row in reading.running(what)]
+    tables.append(("Running calls: since,name,user,#ms", running))
+    tables.append(("Lost events: entered at,#events,reason", reading.losses()))
+    for head, rows in tables:
         title, columns = head.split(": ")
         yield f"<h2>{title}</h2>{_html_table(columns, rows) if rows else '<p>none</p>'}"
     yield "<h2>Newest events</h2>"
@@ -9452,20 +9446,11 @@ AuditLogger._ingest = staticmethod(ingest_once)
 
 # --- MXCP's own logs
 
-# The arguments of `log_event`, and their names in MXCP 0.1 to 0.3 and in newer ones.
-_MXCP_NAMES = """\
-caller caller caller_type
-event_type type operation_type
-name name operation_name
-input_params input_json input_data
-reason reason policy_reason
-status status operation_status
-duration_ms
-policy_decision
-error
-user_id
-session_id
-trace_id"""
+# Arguments of `log_event`, their names in MXCP 0.1 to 0.3, in newer ones, and those that are the same in all.
+_MXCP_OURS = "caller event_type name input_params reason status"
+_MXCP_OLD = "caller type name input_json reason status"
+_MXCP_NEW = "caller_type operation_type operation_name input_data policy_reason operation_status"
+_MXCP_SAME = "duration_ms policy_decision error user_id session_id trace_id"
 
 
 def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
@@ -9476,10 +9461,9 @@ def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
         if "schema_name" in record and "fields" in record:
             return None
         raise ValueError("no event: it has neither type nor operation_type")
-    event = {}
-    for line_of_names in _MXCP_NAMES.splitlines():
-        name, *names = (line_of_names.split() * 3)[:3]  # one word: the same everywhere
-        event[name] = record.get(names[is_new])
+    names = _MXCP_NEW if is_new else _MXCP_OLD
+    arguments = zip(f"{_MXCP_OURS} {_MXCP_SAME}".split(), f"{names} {_MXCP_SAME}".split())
+    event = {name: record.get(theirs) for name, theirs in arguments}
     if not is_new and isinstance(event["input_params"], str):
         with suppress(ValueError, RecursionError):  # else it is a text
             event["input_params"] = json.loads(event["input_params"])
@@ -9502,11 +9486,24 @@ IMPORT_LINE_BYTES = 64 * 2**20  # arbitrary: a file without line breaks must not
 _Imported: TypeAlias = tuple[int, dict[str, Any]]  # an event's time in ns, and its values
 
 
+def _lines_of(path: str) -> Iterator[bytes]:
+    """Yield the lines of a file, plain or gzip."""
+    import gzip  # lazily: few need it
+
+    with open(path, "rb") as raw:
+        head = raw.peek(12)
+        if head[8:12] == b"DUCK":
+            raise StoreError(f"{path} is a DuckDB database; read it as it is: log --db {path}")
+        file = cast("IO[bytes]", gzip.open(raw)) if head[:2] == b"\x1f\x8b" else raw
+        for line in iter(lambda: file.readline(IMPORT_LINE_BYTES), b""):
+            yield line.removeprefix(codecs.BOM_UTF8).strip()
+
+
 class Importer:
     """Takes MXCP's JSONL logs in: each event once, however often a file is given and however it grew.
 
     A file becomes segments of a day at most, named by their first event's time and a digest of the file up to
-    there: the ledger knows them again in a file that was renamed, compressed or continued.
+    it: the ledger knows them again in a file that was renamed, compressed or continued.
     """
 
     def __init__(self, config: Config, *, on_bad_line: Callable[[str, int, str], None], wait: float) -> None:
@@ -9543,49 +9540,46 @@ class Importer:
         patiently(self._store.ingest, self._wait)
 
     def _read(self, path: str) -> Iterator[_Imported]:
-        """Yield the events. Damage raises OSError, EOFError or zlib.error."""
-        import gzip  # lazily: few need it
+        """Yield the events; report bad lines, and damage, which is the end."""
+        import zlib
 
-        with open(path, "rb") as raw:
-            head = raw.peek(12)
-            if head[8:12] == b"DUCK":
-                raise StoreError(f"{path} is a DuckDB database, no JSONL; read it as it is: log --db {path}")
-            file = cast("IO[bytes]", gzip.open(raw)) if head[:2] == b"\x1f\x8b" else raw
-            for number, line in enumerate(iter(lambda: file.readline(IMPORT_LINE_BYTES), b""), 1):
-                line = line.removeprefix(codecs.BOM_UTF8).strip()
-                try:
-                    found = event_of_mxcp(line) if line else None
-                except ValueError as error:
-                    self._bad += 1
-                    self._on_bad_line(path, number, str(error))
-                    continue
-                if found is not None:
-                    self._digest.update(line)
-                    yield found
+        lines, number = enumerate(_lines_of(path), 1), 0
+        while True:
+            try:
+                number, line = next(lines)
+                event = event_of_mxcp(line) if line else None
+            except StopIteration:
+                return
+            except (ValueError, OSError, EOFError, zlib.error) as error:
+                self._bad += 1
+                self._on_bad_line(path, number, str(getattr(error, "strerror", None) or error))
+                continue
+            if event is not None:
+                self._digest.update(line)
+                yield event
 
     def _write(self, part: str, events: Iterator[_Imported]) -> int:
-        """Write a part into the journal, what precedes damage too; count its events."""
+        """Write a part into the journal; count its events."""
+        encoder, lines, size = self._encoder, list[bytes](), 0
+        for self._now_ns, values in events:
+            echoes: list[str] = []
+            text = encoder.input_json(values.pop("input_params"), values["name"], None, echoes)
+            line = encoder.line(**values, input_json=text, echoes=echoes)
+            lines.append(finish_line(line, len(lines) + 1))
+            size += len(lines[-1])
+            if len(lines) == PART_EVENTS or size >= PART_BYTES:
+                break
         try:
             segment = self._store.journal.open_segment(named=part)
-        except FileExistsError as error:
-            raise StoreError(f"{part} is being imported by another process; try again later") from error
-        encoder, lines, size = self._encoder, list[bytes](), 0
-        try:
-            for self._now_ns, values in events:
-                echoes: list[str] = []
-                text = encoder.input_json(values.pop("input_params"), values["name"], None, echoes)
-                line = encoder.line(**values, input_json=text, echoes=echoes)
-                lines.append(finish_line(line, len(lines) + 1))
-                size += len(lines[-1])
-                if len(lines) == PART_EVENTS or size >= PART_BYTES:
-                    break
-        finally:
             try:
                 segment.append(b"".join(lines), len(lines))
-            except OSError as error:
-                raise JournalError(f"can't be written: {error.strerror}", path=segment.path) from error
             finally:
                 segment.seal()
+        except FileExistsError as error:
+            raise StoreError(f"{part} is being imported by another process; try again later") from error
+        except OSError as error:
+            where = self._store.journal.directory
+            raise JournalError(f"can't be written: {error.strerror}", path=where) from error
         return len(lines)
 
     def _skip(self, path: str, file: Iterator[_Imported], events: int, last: str) -> int:
@@ -10816,19 +10810,12 @@ def cmd_ingest(options: Options) -> int:
 
 
 def cmd_import(options: Options) -> int:
-    import zlib
+    def bad_line(path: str, number: int, reason: str) -> None:
+        _say(f"{path}:{number}: {reason}")
 
-    code = 0
-    importer = Importer(
-        _config_of(options), on_bad_line=lambda *line: _say("{}:{}: {}".format(*line)), wait=options.wait
-    )
+    code, importer = 0, Importer(_config_of(options), on_bad_line=bad_line, wait=options.wait)
     for path in options.files:
-        try:
-            events, known, bad = importer.take(path)
-        except (OSError, EOFError, zlib.error) as error:
-            _say(f"{path}: can't be read to its end: {getattr(error, 'strerror', None) or error}")
-            code = EXIT_FAILED
-            continue
+        events, known, bad = importer.take(path)
         code = EXIT_FAILED if bad else code
         more = f", {known} known already" if known else ""
         more += f", {counted(bad, 'bad line')} left out" if bad else ""
