@@ -9005,10 +9005,10 @@ def write_grid(file: TextIO, heads: Sequence[str], rows: Sequence[Row], *, width
         _write(file, line)
 
 
-def write_fields(file: TextIO, fields: Iterable[tuple[str, str | None]]) -> None:
+def write_fields(file: TextIO, fields: Mapping[str, object]) -> None:
     """Write names and values, a line each; several lines of a value are indented."""
-    for name, value in fields:
-        first, *rest = ["-"] if value is None else value.split("\n")
+    for name, value in fields.items():
+        first, *rest = ["-"] if value is None else str(value).split("\n")
         for line in [name, f"  {first}", *(f"  {line}" for line in rest)] if rest else [f"{name:16} {first}"]:
             _write(file, printable(line).rstrip())
 
@@ -10004,12 +10004,6 @@ def parse_time(text: str, *, now: datetime.datetime | None = None, local: bool =
         raise ValueError(f"{text!r} is neither a duration nor a time: write {examples}") from None
 
 
-_NUMBERS: Mapping[str, tuple[type, str, str]] = {
-    "N": (int, "0*[1-9][0-9]{,17}", "whole number above 0"),
-    "SECONDS": (float, r"[0-9]{1,5}(\.[0-9]*)?", "number of seconds below 100000"),
-}
-
-
 def _value(metavar: str, text: str, *, local: bool) -> Any:
     """Return what the text behind an option with this metavar means."""
     if metavar in ("FILE", "DIR", "KEY", "TARGET"):  # it may be no UTF-8
@@ -10019,11 +10013,14 @@ def _value(metavar: str, text: str, *, local: bool) -> Any:
         raise ValueError(f"{text!r} is no UTF-8")
     elif metavar == "WHEN":
         return parse_time(text, local=local)
-    elif metavar in _NUMBERS:
-        kind, form, meaning = _NUMBERS[metavar]
-        if not re.fullmatch(form, text):
-            raise ValueError(f"{text!r} is no {meaning}")
-        return kind(text)
+    elif metavar == "N":
+        if re.fullmatch("0*[1-9][0-9]{,17}", text):
+            return int(text)
+        raise ValueError(f"{text!r} is no whole number above 0")
+    elif metavar == "SECONDS":
+        if re.fullmatch(r"[0-9]{1,5}(\.[0-9]*)?", text):
+            return float(text)
+        raise ValueError(f"{text!r} is no number of seconds below 100000")
     elif metavar == "A,B,...":
         names = dict.fromkeys(map(str.strip, text.split(",")))
         for name in names.keys() - set(PUBLIC_COLUMNS):
@@ -10412,26 +10409,35 @@ def _write_whole(path: str, text: str) -> None:
 
 
 def cmd_log(options: Options) -> int | None:
-    what, store = _filter_of(options), _store_of(options)
-    if options.export or options.format or options.follow:
-        (_export if options.export else _stream)(options, store, what)
+    what, store, count = _filter_of(options), _store_of(options), options.limit or 100
+    if options.export:
+        _export(options, store, what)
         return None
-    count = options.limit or 100
+    columns, write = "", _event_writer(options)
+    if options.format:
+        if options.format not in STREAM_FORMS:
+            raise _UsageError(f"--format {options.format} needs --export; else: {', '.join(STREAM_FORMS)}")
+        columns, write = f"{form_sql(options.format)} AS line", _line_writer(options)
+    if options.follow or options.cursor_file:
+        _follow(options, store, what, columns, write)
+        return None
     with store.reading(wait=options.wait) as reading:
+        problem = reading.problem
+        if problem and options.format:
+            raise problem
         rows: Iterable[Row]
         if options.running:
             rows = reading.running(what, count=count)
         else:
-            rows = reading.rows(what, count=count, oldest_first=options.oldest_first)
-        write = _event_writer(options)
-        if options.json:
+            rows = reading.rows(what, count=count, oldest_first=options.oldest_first, columns=columns)
+        if options.json or options.format:
             write(rows)
         else:
-            shown = list(rows)
-            write(shown)
+            rows = [*rows]
+            write(rows)
             sys.stdout.flush()
-            _say(summary(len(shown), "event", count))
-        if problem := reading.problem:
+            _say(summary(len(rows), "event", count))
+        if problem:
             _say(f"only events of the journal are shown: {problem}")
             return EXIT_LOCKED if isinstance(problem, DatabaseLockedError) else EXIT_FAILED
         if lost := sum(count for count, _ in store.losses(reading)):
@@ -10457,23 +10463,16 @@ def _event_writer(options: Options) -> Callable[..., None]:
     )
 
 
-def _stream(options: Options, store: Store, what: Filter) -> None:
-    """Show events in a form; or new ones, or those since a cursor, which moves when they are written."""
-    columns, place, wait = "", options.cursor_file, 0 if options.follow else options.wait
-    if options.format:
-        if options.format not in STREAM_FORMS:
-            raise _UsageError(f"--format {options.format} needs --export; else: {', '.join(STREAM_FORMS)}")
-        columns = f"{form_sql(options.format)} AS line, {EVENT_ID} AS event_id"
-        write = _line_writer(options)
-        if not (place or options.follow):
-            count, order = options.limit or 100, options.oldest_first
-            with _whole_log(store, options) as reading:
-                write(reading.rows(what, count=count, oldest_first=order, columns=columns))
-            return
+_Write: TypeAlias = Callable[[Any], None]  # of rows
+
+
+def _follow(options: Options, store: Store, what: Filter, columns: str, write: _Write) -> None:
+    """Write new events, or those since a cursor, which moves when they are written."""
+    place, wait = options.cursor_file, 0 if options.follow else options.wait
     follower = Follower(store, what, columns, _read_cursor(place) if place else None)
     past = [] if place else _past(options, store, what, follower, columns)
-    if not options.format:
-        write = _table_writer(options, follower)
+    if not (options.format or options.json):
+        write = _with_running(write, follower)
     told = saved = ""
     with contextlib.closing(follower):
         while True:
@@ -10516,28 +10515,26 @@ def _past(options: Options, store: Store, what: Filter, follower: Follower, colu
     return past[::-1]
 
 
-def _table_writer(options: Options, follower: Follower) -> Callable[[Iterable[Row]], None]:
-    """Return what shows rows as JSON, or as a table; on a terminal the running calls stay below it."""
-    write, is_terminal, width = _event_writer(options), sys.stdout.isatty(), _terminal()[0] or 200
-    if options.json:
-        return write
+def _with_running(write: _Write, follower: Follower) -> _Write:
+    """Return what writes rows and the running calls, which stay below them on a terminal."""
+    is_terminal, width = sys.stdout.isatty(), _terminal()[0] or 200
     due, below = 0.0, list[str]()
 
-    def show(rows: Iterable[Row]) -> None:
+    def show(rows: Sequence[Row]) -> None:
         nonlocal due, below
         running = below
         if is_terminal:
             sys.stdout.write("\x1b[1F\x1b[2K" * len(below))
             below = []
         if rows:
-            write(list(rows))
+            write(rows)
         if time.monotonic() >= due:
             due, running = time.monotonic() + 1, []
             for row in follower.running():
                 call = dict(zip(PUBLIC_COLUMNS, row))
                 passed = f", {int(call['duration_ms']) // 1000} s" if is_terminal else ""
                 text = f"running since {call['timestamp']}{passed}: {call['type']} {call['name']}"
-                running.append(fit(printable(text), width).rstrip())
+                running.append(clip(printable(text), width))
         for line in running:
             if line not in below:
                 _print(line)
@@ -10565,8 +10562,8 @@ _POST_BYTES = 2**20  # of several lines: receivers have limits
 _POST_SECONDS = 60.0  # without --follow: how long a receiver may say no
 
 
-def _line_writer(options: Options) -> Callable[[Iterable[Row]], None]:
-    """Return what prints the lines that rows begin with, or posts them, in batches that receivers take."""
+def _line_writer(options: Options) -> _Write:
+    """Return what prints lines, or posts them, in batches that receivers take."""
     ascii_only = not takes_unicode(sys.stdout)
 
     def print_lines(lines: Sequence[str]) -> None:
@@ -10575,14 +10572,14 @@ def _line_writer(options: Options) -> Callable[[Iterable[Row]], None]:
     send = print_lines if options.post is None else _poster_of(options)
 
     def write(rows: Iterable[Row]) -> None:
-        batch: list[str] = []
-        size = 0
-        for line, _ in rows:
-            size += len(line.encode()) + 1
-            if batch and (len(batch) == _POST_LINES or size > _POST_BYTES):
+        batch, left = list[str](), _POST_BYTES
+        for (line,) in rows:
+            size = len(line.encode()) + 1
+            if batch and (len(batch) == _POST_LINES or size > left):
                 send(batch)
-                batch, size = [], len(line.encode()) + 1
+                batch, left = [], _POST_BYTES
             batch.append(line)
+            left -= size
         if batch:
             send(batch)
 
@@ -10595,12 +10592,6 @@ def _poster_of(options: Options) -> Callable[[Sequence[str]], None]:
     import http.client
     import urllib.request
 
-    class AsItComes(urllib.request.HTTPErrorProcessor):  # a redirect would ask elsewhere, without the events
-        def http_response(self, request: Any, response: Any) -> Any:
-            return response
-
-        https_response = http_response
-
     url = r"(https?://(?:[\w.-]+|\[[\w:.%]+])(?::([0-9]{1,5}))?)([/?#][!-~]*)?"
     match = re.fullmatch(url, options.post, re.ASCII)
     if not match or not 0 < int(match[2] or 80) < 65536:
@@ -10612,15 +10603,10 @@ def _poster_of(options: Options) -> Callable[[Sequence[str]], None]:
         headers[name] = value = os.environ.get(variable, "").strip()
         if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+=[ -~\xa0-\xff]+", f"{name}={value}", re.ASCII):
             raise _UsageError(f"--header {header}: the variable is not set, or no header can be made of this")
-    opener = urllib.request.build_opener(AsItComes)
-
-    def asked_pause(text: str) -> float:
-        """Return the seconds that a Retry-After asks for, a number or a date."""
-        if text.isdecimal():
-            return float(text)
-        with suppress(Exception):  # whatever a receiver sends
-            return (email.utils.parsedate_to_datetime(text) - utc_now()).total_seconds()
-        return 0.0
+    opener = urllib.request.OpenerDirector()  # a redirect would ask elsewhere, without the events
+    for kind in ("ProxyHandler", "HTTPHandler", "HTTPSHandler"):
+        if handler := getattr(urllib.request, kind, None):  # Python may be without TLS
+            opener.add_handler(handler())
 
     def post(lines: Sequence[str]) -> None:
         text = "\n".join(lines) + "\n"
@@ -10637,7 +10623,12 @@ def _poster_of(options: Options) -> Callable[[Sequence[str]], None]:
                     if 200 <= code < 300:
                         return
                     told, is_final = f"{shown} answered {code}: ", code != 429 and code < 500
-                    pause = max(pause, min(asked_pause(answer.headers.get("Retry-After", "").strip()), 300.0))
+                    asked = answer.headers.get("Retry-After", "").strip()
+                    with suppress(Exception):  # whatever a receiver sends; seconds or a date
+                        if not asked.isdecimal():
+                            moment = email.utils.parsedate_to_datetime(asked)
+                            asked = (moment - utc_now()).total_seconds()
+                        pause = max(pause, min(float(asked), 300.0))
                     told += answer.read(500).decode(errors="replace").strip()
             except (OSError, http.client.HTTPException) as error:
                 told = told or f"{shown} can't be reached: {getattr(error, 'reason', error)}"
@@ -10662,28 +10653,21 @@ def _export(options: Options, store: Store, what: Filter) -> None:
         raise _UsageError(f"--bom is for CSV, not for {form}")
     if to_stdout and sys.stdout.isatty():
         raise _UsageError("an export is not for a terminal: write to a file, or into a pipe")
-    with contextlib.ExitStack() as stack:
+    chosen = {name: getattr(options, name) for name in ("oldest_first", "raw", "bom")}
+    with scratch_folder(store.journal.directory) if to_stdout else contextlib.nullcontext("") as folder:
         if to_stdout:
-            folder = stack.enter_context(scratch_folder(store.journal.directory))
             path = os.path.join(folder, f"export.{form}")
         else:
             store.refuse_own_files(path)
-        chosen = {name: getattr(options, name) for name in ("oldest_first", "raw", "bom")}
         progress = _progress if sys.stderr.isatty() else None
         with _whole_log(store, options) as reading:
             count = reading.export(what, path, form=form, count=options.limit, progress=progress, **chosen)
         if progress:
             print("\r\x1b[K", end="", file=sys.stderr)
         if to_stdout:
-            file = stack.enter_context(open(path, "rb"))
-            shutil.copyfileobj(file, sys.stdout.buffer)
+            with open(path, "rb") as file:
+                shutil.copyfileobj(file, sys.stdout.buffer)
     _say(f"{counted(count, 'event')} written to {'standard output' if to_stdout else path}")
-
-
-_SHOWN = """\
-event_id timestamp type name status duration_ms policy_decision reason error error_type
-caller user_id agent client address server session_id request_id trace_id
-input_json result_bytes context"""
 
 
 def cmd_show(options: Options) -> int | None:
@@ -10717,11 +10701,10 @@ def cmd_show(options: Options) -> int | None:
         columns = ("event_id", *SHORT_COLUMNS[:-1])
         write_events(sys.stdout, rows, columns=columns, width=width, colour=colour, local=options.local)
     else:
-        fields = {name: None if value is None else str(value) for name, value in event.items()}
-        fields |= {name: indented_json(event[name] or "null") for name in ("input_json", "context")}
         if options.local:
-            fields["timestamp"] = local_time(event["timestamp"])
-        write_fields(sys.stdout, [(name, fields[name]) for name in _SHOWN.split()])
+            event["timestamp"] = local_time(event["timestamp"])
+        texts = {name: indented_json(event.pop(name) or "null") for name in ("input_json", "context")}
+        write_fields(sys.stdout, {"event_id": ids[0], **event, **texts})
     return None
 
 

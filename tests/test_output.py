@@ -239,7 +239,7 @@ def test_csv_reads_back_equal_and_neutralises_formulas() -> None:
 
 def test_fields_and_text_are_harmless() -> None:
     file = Text()
-    write_fields(file, [("name", HOSTILE.replace("\n", "")), ("error", "a\x1b\nb"), ("reason", None)])
+    write_fields(file, {"name": HOSTILE.replace("\n", ""), "error": "a\x1b\nb", "reason": None})
     write_text(file, "{\n\x1b}")
     assert harmless(file.getvalue())
     assert file.getvalue().endswith("error\n  a\\x1b\n  b\nreason           -\n{\n\\x1b}\n")
