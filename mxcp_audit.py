@@ -9972,7 +9972,7 @@ def end_like(code: int) -> int:
 #
 # One table says what each command is for and takes; its `cmd_…` does it and returns an exit status.
 
-Options: TypeAlias = "argparse.Namespace"
+Args: TypeAlias = "argparse.Namespace"
 EXIT_FAILED, EXIT_USAGE, EXIT_LOCKED = 1, 2, 75  # 75 is EX_TEMPFAIL of sysexits.h: try again later
 
 
@@ -10301,8 +10301,8 @@ def build_parser(*, local: bool = False) -> argparse.ArgumentParser:
     return parser
 
 
-def _check_options(options: Options) -> None:
-    values = {name.replace("_", "-"): value for name, value in vars(options).items()}
+def _check_options(args: Args) -> None:
+    values = {name.replace("_", "-"): value for name, value in vars(args).items()}
     given = {name for name, value in values.items() if value not in (None, False)}
     for name, *others in map(str.split, _EXCLUDES.splitlines()):
         if name in given and (clash := given.intersection(others)):
@@ -10366,16 +10366,16 @@ def _standard_input() -> str:
         raise _UsageError(f"standard input can't be read as text: {error}") from error
 
 
-def _config_of(options: Options) -> Config:
-    if options.db is None:
-        return load_config(config=options.config, profile=options.profile)
+def _config_of(args: Args) -> Config:
+    if args.db is None:
+        return load_config(config=args.config, profile=args.profile)
     # Of a target that is no file: the default profile's, here.
-    journal = "logs-default.journal" if is_attach_target(options.db) else None
-    return config_from_arguments(path=options.db, journal=journal)
+    journal = "logs-default.journal" if is_attach_target(args.db) else None
+    return config_from_arguments(path=args.db, journal=journal)
 
 
-def _store_of(options: Options, opener: Callable[..., Engine] = open_engine) -> Store:
-    config = _config_of(options)
+def _store_of(args: Args, opener: Callable[..., Engine] = open_engine) -> Store:
+    config = _config_of(args)
     if not config.enabled and not is_attach_target(config.path) and not os.path.exists(config.path):
         remedy = f"set `enabled: true` in its `audit` section of {config.site_file}"
         raise _UsageError(f"audit logging is not enabled for profile {config.profile!r}; {remedy}")
@@ -10383,20 +10383,20 @@ def _store_of(options: Options, opener: Callable[..., Engine] = open_engine) -> 
 
 
 @contextlib.contextmanager
-def _whole_log(store: Store, options: Options) -> Iterator[Reading]:
+def _whole_log(store: Store, args: Args) -> Iterator[Reading]:
     """Open the whole log, or raise: half of it must not look like all."""
-    with store.reading(wait=options.wait) as reading:
+    with store.reading(wait=args.wait) as reading:
         if reading.problem is not None:
             raise reading.problem
         yield reading
 
 
-def _filter_of(options: Options) -> Filter:
-    if options.since and options.until and options.until <= options.since:
+def _filter_of(args: Args) -> Filter:
+    if args.since and args.until and args.until <= args.since:
         raise _UsageError("--until is not after --since, so nothing can match")
-    if options.event is not None:
-        parse_event_id(options.event)
-    fields = {**vars(options), "event_type": options.type, "event_id": options.event, "text": options.grep}
+    if args.event is not None:
+        parse_event_id(args.event)
+    fields = {**vars(args), "event_type": args.type, "event_id": args.event, "text": args.grep}
     fields |= {f"{name}s": tuple(fields[name] or ()) for name in EVENT_TYPES}
     return Filter(**{name: fields[name] for name in Filter._fields if fields[name] is not None})
 
@@ -10408,29 +10408,29 @@ def _write_whole(path: str, text: str) -> None:
         raise AuditError(f"{path} can't be written: {error.strerror}") from error
 
 
-def cmd_log(options: Options) -> int | None:
-    what, store, count = _filter_of(options), _store_of(options), options.limit or 100
-    if options.export:
-        _export(options, store, what)
+def cmd_log(args: Args) -> int | None:
+    what, store, count = _filter_of(args), _store_of(args), args.limit or 100
+    if args.export:
+        _export(args, store, what)
         return None
-    columns, write = "", _event_writer(options)
-    if options.format:
-        if options.format not in STREAM_FORMS:
-            raise _UsageError(f"--format {options.format} needs --export; else: {', '.join(STREAM_FORMS)}")
-        columns, write = f"{form_sql(options.format)} AS line", _line_writer(options)
-    if options.follow or options.cursor_file:
-        _follow(options, store, what, columns, write)
+    columns, write = "", _event_writer(args)
+    if args.format:
+        if args.format not in STREAM_FORMS:
+            raise _UsageError(f"--format {args.format} needs --export; else: {', '.join(STREAM_FORMS)}")
+        columns, write = f"{form_sql(args.format)} AS line", _line_writer(args)
+    if args.follow or args.cursor_file:
+        _follow(args, store, what, columns, write)
         return None
-    with store.reading(wait=options.wait) as reading:
+    with store.reading(wait=args.wait) as reading:
         problem = reading.problem
-        if problem and options.format:
+        if problem and args.format:
             raise problem
         rows: Iterable[Row]
-        if options.running:
+        if args.running:
             rows = reading.running(what, count=count)
         else:
-            rows = reading.rows(what, count=count, oldest_first=options.oldest_first, columns=columns)
-        if options.json or options.format:
+            rows = reading.rows(what, count=count, oldest_first=args.oldest_first, columns=columns)
+        if args.json or args.format:
             write(rows)
         else:
             rows = [*rows]
@@ -10445,33 +10445,33 @@ def cmd_log(options: Options) -> int | None:
     return None
 
 
-def _event_writer(options: Options) -> Callable[..., None]:
+def _event_writer(args: Args) -> Callable[..., None]:
     """Return what writes events as JSON or a table, and more of it when it is called again to follow."""
-    if options.json:
-        return functools.partial(write_json, sys.stdout, columns=options.columns, by_line=options.follow)
+    if args.json:
+        return functools.partial(write_json, sys.stdout, columns=args.columns, by_line=args.follow)
     width, colour = _terminal()
     return functools.partial(
         write_events,
         sys.stdout,
-        columns=options.columns or (WIDE_COLUMNS if options.wide else SHORT_COLUMNS),
-        width=None if options.wide else width,
+        columns=args.columns or (WIDE_COLUMNS if args.wide else SHORT_COLUMNS),
+        width=None if args.wide else width,
         colour=colour,
-        with_reasons=options.columns is None,
-        with_input=options.input,
-        local=options.local,
-        widths=[] if options.follow else None,
+        with_reasons=args.columns is None,
+        with_input=args.input,
+        local=args.local,
+        widths=[] if args.follow else None,
     )
 
 
 _Write: TypeAlias = Callable[[Any], None]  # of rows
 
 
-def _follow(options: Options, store: Store, what: Filter, columns: str, write: _Write) -> None:
+def _follow(args: Args, store: Store, what: Filter, columns: str, write: _Write) -> None:
     """Write new events, or those since a cursor, which moves when they are written."""
-    place, wait = options.cursor_file, 0 if options.follow else options.wait
+    place, wait = args.cursor_file, 0 if args.follow else args.wait
     follower = Follower(store, what, columns, _read_cursor(place) if place else None)
-    past = [] if place else _past(options, store, what, follower, columns)
-    if not (options.format or options.json):
+    past = [] if place else _past(args, store, what, follower, columns)
+    if not (args.format or args.json):
         write = _with_running(write, follower)
     told = saved = ""
     with contextlib.closing(follower):
@@ -10481,7 +10481,7 @@ def _follow(options: Options, store: Store, what: Filter, columns: str, write: _
                 fresh, past = past or follower.look(wait=wait), []
                 write(fresh)
             except (JournalError, StoreError) as error:
-                if not options.follow:
+                if not args.follow:
                     raise
                 if str(error) != told:
                     told = str(error)
@@ -10491,25 +10491,25 @@ def _follow(options: Options, store: Store, what: Filter, columns: str, write: _
                 if place and reached != saved:
                     _write_whole(place, reached + "\n")
                     saved = reached
-                if not (options.follow or fresh or follower.is_behind):
+                if not (args.follow or fresh or follower.is_behind):
                     return
             sys.stdout.flush()
-            if options.follow and not follower.is_behind:
+            if args.follow and not follower.is_behind:
                 pause = min(0.4, max(0.1, 100 * (time.monotonic() - begun)))  # 1 % of a core
                 if _reader_is_gone(sys.stdout.fileno(), pause):
                     raise BrokenPipeError
 
 
-def _past(options: Options, store: Store, what: Filter, follower: Follower, columns: str) -> list[Row]:
+def _past(args: Args, store: Store, what: Filter, follower: Follower, columns: str) -> list[Row]:
     """Let a follower begin now, and return what is wanted of the past, oldest first."""
     past: list[Row] = []
     try:
-        with store.reading(wait=options.wait) as reading:
+        with store.reading(wait=args.wait) as reading:
             follower.start(reading)
             if reading.problem is not None:
                 _say(f"only events of the journal are shown until this is over: {reading.problem}")
-            if options.limit or options.since:
-                past = [*reading.rows(what, count=options.limit or 100, columns=columns)]
+            if args.limit or args.since:
+                past = [*reading.rows(what, count=args.limit or 100, columns=columns)]
     except DatabaseNotFoundError:
         _say(f"there is no log at {store.target.name} yet; waiting for the first event")
     return past[::-1]
@@ -10562,14 +10562,14 @@ _POST_BYTES = 2**20  # of several lines: receivers have limits
 _POST_SECONDS = 60.0  # without --follow: how long a receiver may say no
 
 
-def _line_writer(options: Options) -> _Write:
+def _line_writer(args: Args) -> _Write:
     """Return what prints lines, or posts them, in batches that receivers take."""
     ascii_only = not takes_unicode(sys.stdout)
 
     def print_lines(lines: Sequence[str]) -> None:
         print("\n".join(harmless_json(line, ascii_only=ascii_only) for line in lines), flush=True)
 
-    send = print_lines if options.post is None else _poster_of(options)
+    send = print_lines if args.post is None else _poster_of(args)
 
     def write(rows: Iterable[Row]) -> None:
         batch, left = list[str](), _POST_BYTES
@@ -10586,19 +10586,19 @@ def _line_writer(options: Options) -> _Write:
     return write
 
 
-def _poster_of(options: Options) -> Callable[[Sequence[str]], None]:
+def _poster_of(args: Args) -> Callable[[Sequence[str]], None]:
     """Return what posts lines until a 2xx comes, with pauses after 429, 5xx and faults."""
     import email.utils
     import http.client
     import urllib.request
 
     url = r"(https?://(?:[\w.-]+|\[[\w:.%]+])(?::([0-9]{1,5}))?)([/?#][!-~]*)?"
-    match = re.fullmatch(url, options.post, re.ASCII)
+    match = re.fullmatch(url, args.post, re.ASCII)
     if not match or not 0 < int(match[2] or 80) < 65536:
         raise _UsageError("--post wants a URL of http or https without a password: --header takes secrets")
-    shown, is_otlp = match[1], options.format == "otlp"  # the path may be a secret, as of a webhook
+    shown, is_otlp = match[1], args.format == "otlp"  # the path may be a secret, as of a webhook
     headers = {"Content-Type": "application/json" if is_otlp else "application/x-ndjson"}
-    for header in options.header or ():
+    for header in args.header or ():
         name, _, variable = header.partition("=")
         headers[name] = value = os.environ.get(variable, "").strip()
         if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+=[ -~\xa0-\xff]+", f"{name}={value}", re.ASCII):
@@ -10613,7 +10613,7 @@ def _poster_of(options: Options) -> Callable[[Sequence[str]], None]:
         if is_otlp:  # one request of all resources: each line holds an array of one
             start = '{"resourceLogs":['
             text = start + ",".join(line[len(start) : -2] for line in lines) + "]}"
-        request = urllib.request.Request(options.post, text.encode(), headers, method="POST")
+        request = urllib.request.Request(args.post, text.encode(), headers, method="POST")
         pause, end = 1.0, time.monotonic() + _POST_SECONDS
         while True:
             told, is_final = "", False
@@ -10632,7 +10632,7 @@ def _poster_of(options: Options) -> Callable[[Sequence[str]], None]:
                     told += answer.read(500).decode(errors="replace").strip()
             except (OSError, http.client.HTTPException) as error:
                 told = told or f"{shown} can't be reached: {getattr(error, 'reason', error)}"
-            if is_final or not (options.follow or time.monotonic() + pause <= end):
+            if is_final or not (args.follow or time.monotonic() + pause <= end):
                 raise AuditError(f"{told}; nothing more was sent, and the cursor stays")
             _say(f"{told}; trying again in {pause:.0f} s")
             time.sleep(pause)
@@ -10641,27 +10641,27 @@ def _poster_of(options: Options) -> Callable[[Sequence[str]], None]:
     return post
 
 
-def _export(options: Options, store: Store, what: Filter) -> None:
+def _export(args: Args, store: Store, what: Filter) -> None:
     import shutil
 
-    path: str = options.export
+    path: str = args.export
     to_stdout = path == "-"
-    form = options.format or ("csv" if to_stdout else export_format(path))
+    form = args.format or ("csv" if to_stdout else export_format(path))
     if form not in EXPORT_FORMATS:
         raise _UsageError(f"{path}: the extension, or --format, must be of {', '.join(EXPORT_FORMATS)}")
-    if options.bom and not form.startswith("csv"):
+    if args.bom and not form.startswith("csv"):
         raise _UsageError(f"--bom is for CSV, not for {form}")
     if to_stdout and sys.stdout.isatty():
         raise _UsageError("an export is not for a terminal: write to a file, or into a pipe")
-    chosen = {name: getattr(options, name) for name in ("oldest_first", "raw", "bom")}
+    chosen = {name: getattr(args, name) for name in ("oldest_first", "raw", "bom")}
     with scratch_folder(store.journal.directory) if to_stdout else contextlib.nullcontext("") as folder:
         if to_stdout:
             path = os.path.join(folder, f"export.{form}")
         else:
             store.refuse_own_files(path)
         progress = _progress if sys.stderr.isatty() else None
-        with _whole_log(store, options) as reading:
-            count = reading.export(what, path, form=form, count=options.limit, progress=progress, **chosen)
+        with _whole_log(store, args) as reading:
+            count = reading.export(what, path, form=form, count=args.limit, progress=progress, **chosen)
         if progress:
             print("\r\x1b[K", end="", file=sys.stderr)
         if to_stdout:
@@ -10670,8 +10670,8 @@ def _export(options: Options, store: Store, what: Filter) -> None:
     _say(f"{counted(count, 'event')} written to {'standard output' if to_stdout else path}")
 
 
-def cmd_show(options: Options) -> int | None:
-    name, count = options.event.strip(), options.around
+def cmd_show(args: Args) -> int | None:
+    name, count = args.event.strip(), args.around
     ids = [name]
     try:
         parse_event_id(name)
@@ -10679,7 +10679,7 @@ def cmd_show(options: Options) -> int | None:
         if not re.fullmatch(r"[0-9TZ]*-?[0-9a-f]*(:[0-9]*)?", name):
             raise
         ids = []  # its beginning, or what follows the time
-    with _store_of(options).reading(wait=options.wait) as reading:
+    with _store_of(args).reading(wait=args.wait) as reading:
         ids = ids or [str(each) for (each,) in reading.ids_like(name)]
         if len(ids) > 1:
             raise _UsageError(f"{name} may be any of {', '.join(ids)} …")
@@ -10694,70 +10694,70 @@ def cmd_show(options: Options) -> int | None:
             if event["session_id"] is None:
                 raise _UsageError(f"{name} has no session; leave --around out")
             rows = reading.around(event["session_id"], ids[0], count)
-    if options.json:
+    if args.json:
         write_json(sys.stdout, rows) if count else _print_json(event)
     elif count:
         width, colour = _terminal()
         columns = ("event_id", *SHORT_COLUMNS[:-1])
-        write_events(sys.stdout, rows, columns=columns, width=width, colour=colour, local=options.local)
+        write_events(sys.stdout, rows, columns=columns, width=width, colour=colour, local=args.local)
     else:
-        if options.local:
+        if args.local:
             event["timestamp"] = local_time(event["timestamp"])
         texts = {name: indented_json(event.pop(name) or "null") for name in ("input_json", "context")}
         write_fields(sys.stdout, {"event_id": ids[0], **event, **texts})
     return None
 
 
-def cmd_stats(options: Options) -> None:
-    sort = STATS_COLUMNS[_SORTS.index(options.sort)]
-    with _whole_log(_store_of(options), options) as reading:
-        rows = reading.stats(_filter_of(options), by=options.by, sort=sort, count=options.limit)
-    if options.json:
-        write_json(sys.stdout, rows, (options.by, *STATS_COLUMNS))
+def cmd_stats(args: Args) -> None:
+    sort = STATS_COLUMNS[_SORTS.index(args.sort)]
+    with _whole_log(_store_of(args), args) as reading:
+        rows = reading.stats(_filter_of(args), by=args.by, sort=sort, count=args.limit)
+    if args.json:
+        write_json(sys.stdout, rows, (args.by, *STATS_COLUMNS))
     else:
-        write_stats(sys.stdout, options.by, rows, bar=sort, width=_terminal()[0], local=options.local)
+        write_stats(sys.stdout, args.by, rows, bar=sort, width=_terminal()[0], local=args.local)
         sys.stdout.flush()
-        _say(summary(len(rows), "group", options.limit))
+        _say(summary(len(rows), "group", args.limit))
 
 
-def cmd_sql(options: Options) -> None:
-    statement = _standard_input() if options.statement == "-" else options.statement
+def cmd_sql(args: Args) -> None:
+    statement = _standard_input() if args.statement == "-" else args.statement
     try:
         # Python hears no Ctrl+C during a call into DuckDB, and a query of somebody's own may be endless.
-        store = _store_of(options, functools.partial(open_engine, apart=True))
-        with _whole_log(store, options) as reading:
+        store = _store_of(args, functools.partial(open_engine, apart=True))
+        with _whole_log(store, args) as reading:
             names, rows = reading.query(statement)
-            if options.json:
+            if args.json:
                 write_json(sys.stdout, rows, names)
-            elif options.csv:
+            elif args.csv:
                 file: Any = sys.stdout
                 if file.isatty():
                     file = types.SimpleNamespace(write=lambda line: _print(line.removesuffix("\n")))
                 elif hasattr(file, "reconfigure"):  # UTF-8 whatever the locale says
                     file.reconfigure(encoding="utf-8", newline="")
-                write_csv(file, names, rows, raw=options.raw)
+                write_csv(file, names, rows, raw=args.raw)
             else:
                 write_grid(sys.stdout, names, list(rows), width=_terminal()[0])
     except QueryError as error:  # without the place, which is one in our statement around it
         raise QueryError(str(error).partition("\n\nLINE ")[0]) from error
 
 
-def cmd_config(options: Options) -> None:
-    config = _config_of(options)
+def cmd_config(args: Args) -> None:
+    config = _config_of(args)
     settings = config._asdict()
     sources = settings.pop("sources")
     settings["path"], settings["journal"] = public_target(config.path), config.journal_directory
     settings["attach"] = dict.fromkeys(config.attach, REDACTED)
     rows = [(name, value, sources.get(name, "default")) for name, value in settings.items()]
-    if options.json:
+    if args.json:
         _print_json({name: {"value": value, "source": source} for name, value, source in rows})
     else:
         write_grid(sys.stdout, ("SETTING", "VALUE", "SOURCE"), rows, width=None)
 
 
-def cmd_redact(options: Options) -> None:
-    if options.db or options.config or options.profile or find_site_file(os.getcwd()):
-        config = _config_of(options)
+def cmd_redact(args: Args) -> None:
+    if args.db or args.config or args.profile or find_site_file(os.getcwd()):
+        config = _config_of(args)
     else:
         config = config_from_arguments("none")  # the default rules
     redactor = redactor_of(config)
@@ -10766,9 +10766,9 @@ def cmd_redact(options: Options) -> None:
     except (ValueError, RecursionError) as error:
         raise _UsageError(f"standard input is no JSON: {error}") from error
     encoder = Encoder(redactor, max_input_bytes=config.max_input_bytes)
-    recorded = json.loads(encoder.input_json(value, options.tool, None, None)) or "null"
-    reasons = redactor.explain(value, tool=options.tool)
-    if options.json:
+    recorded = json.loads(encoder.input_json(value, args.tool, None, None)) or "null"
+    reasons = redactor.explain(value, tool=args.tool)
+    if args.json:
         redacted = [{"path": path, "reason": reason} for path, reason in reasons]
         _print_json({"recorded": json.loads(recorded), "redacted": redacted})
         return
@@ -10778,26 +10778,26 @@ def cmd_redact(options: Options) -> None:
         write_grid(sys.stdout, ("REDACTED", "BECAUSE"), reasons, width=None)
 
 
-def cmd_ingest(options: Options) -> int:
+def cmd_ingest(args: Args) -> int:
     told = Diagnostics()
-    store = Store(_config_of(options), diagnostics=told)
+    store = Store(_config_of(args), diagnostics=told)
 
     def ingest() -> None:
         if not store.ingest():
             raise DatabaseLockedError(f"{store.target.name}: another process is ingesting; try again")
 
-    patiently(ingest, options.wait)
+    patiently(ingest, args.wait)
     rejected = f", {counted(told.rejected, 'line')} rejected" if told.rejected else ""
     _say(f"{counted(told.ingested, 'event')} ingested{rejected}")
     return EXIT_FAILED if told.rejected else 0
 
 
-def cmd_import(options: Options) -> int:
+def cmd_import(args: Args) -> int:
     def bad_line(path: str, number: int, reason: str) -> None:
         _say(f"{path}:{number}: {reason}")
 
-    code, importer = 0, Importer(_config_of(options), on_bad_line=bad_line, wait=options.wait)
-    for path in options.files:
+    code, importer = 0, Importer(_config_of(args), on_bad_line=bad_line, wait=args.wait)
+    for path in args.files:
         events, known, bad = importer.take(path)
         code = EXIT_FAILED if bad else code
         more = f", {known} known already" if known else ""
@@ -10806,11 +10806,11 @@ def cmd_import(options: Options) -> int:
     return code
 
 
-def cmd_doctor(options: Options) -> int:
-    checkup = Checkup(_config_of(options), wait=options.wait)
-    if options.json:
+def cmd_doctor(args: Args) -> int:
+    checkup = Checkup(_config_of(args), wait=args.wait)
+    if args.json:
         _print_json(checkup.report)
-    elif options.prometheus:
+    elif args.prometheus:
         _print("\n".join(prometheus_text(checkup.report)))
     else:
         for part, state in checkup.report.items():
@@ -10823,9 +10823,9 @@ def cmd_doctor(options: Options) -> int:
     return EXIT_FAILED if checkup.faults else 0
 
 
-def cmd_report(options: Options) -> None:
-    what, store = _filter_of(options), _store_of(options)
-    store.refuse_own_files(options.out)
+def cmd_report(args: Args) -> None:
+    what, store = _filter_of(args), _store_of(args)
+    store.refuse_own_files(args.out)
     chosen = {name: value for name, value in what._asdict().items() if value not in (None, ())}
     facts = {
         "log": store.target.name,
@@ -10833,22 +10833,22 @@ def cmd_report(options: Options) -> None:
         "filter": json.dumps(chosen, ensure_ascii=False),
     }
     try:
-        verdict = store.verify(wait=options.wait)
+        verdict = store.verify(wait=args.wait)
         ends = "; ".join(f"{head.journal} at {head.position}: {head.seal[:16]}" for head in verdict.heads)
         facts |= {"verify": _verdict_summary(verdict), "chain ends": ends}
     except StoreError as error:
         facts["verify"] = str(error)
-    with _whole_log(store, options) as reading:
-        text = "".join(report_html(reading, what, facts, newest=options.limit or 100))
-    _write_whole(options.out, text)
-    _say(f"report written to {options.out}")
+    with _whole_log(store, args) as reading:
+        text = "".join(report_html(reading, what, facts, newest=args.limit or 100))
+    _write_whole(args.out, text)
+    _say(f"report written to {args.out}")
 
 
-def cmd_verify(options: Options) -> int:
-    checkpoint = _read_checkpoint(options.checkpoint, options.signed_by) if options.checkpoint else []
-    store = Store(_config_of(options))
-    verdict = store.verify(checkpoint=checkpoint, since=options.since, wait=options.wait, progress=_progress)
-    if options.json:
+def cmd_verify(args: Args) -> int:
+    checkpoint = _read_checkpoint(args.checkpoint, args.signed_by) if args.checkpoint else []
+    store = Store(_config_of(args))
+    verdict = store.verify(checkpoint=checkpoint, since=args.since, wait=args.wait, progress=_progress)
+    if args.json:
         _print_json(_verdict_object(verdict), indent=None)
     else:
         lines = [f"{finding.kind:<9} {finding.text}" for finding in verdict.findings]
@@ -10858,7 +10858,7 @@ def cmd_verify(options: Options) -> int:
             text = "purge     {} at {moment} by {host}, newer than the checkpoint"
             lines.append(text.format(counted(purge["events"], "event"), **purge))
         lines += [f"note      {note}" for note in verdict.notes]
-        _print("\n".join([*lines, _verdict_summary(verdict, options.since)]))
+        _print("\n".join([*lines, _verdict_summary(verdict, args.since)]))
     return 0 if verdict.intact else EXIT_FAILED
 
 
@@ -10904,26 +10904,26 @@ def _read_checkpoint(path: str, signers: str | None = None) -> list[Head]:
     return heads
 
 
-def cmd_checkpoint(options: Options) -> None:
-    checkpoint = Store(_config_of(options)).checkpoint(wait=options.wait)
-    if options.sign:
-        checkpoint["signature"] = sign_checkpoint(options.sign, checkpoint)
+def cmd_checkpoint(args: Args) -> None:
+    checkpoint = Store(_config_of(args)).checkpoint(wait=args.wait)
+    if args.sign:
+        checkpoint["signature"] = sign_checkpoint(args.sign, checkpoint)
     _print_json(checkpoint, indent=None)
 
 
-def cmd_prove(options: Options) -> None:
-    _print_json(Store(_config_of(options)).prove(options.event, wait=options.wait), indent=None)
+def cmd_prove(args: Args) -> None:
+    _print_json(Store(_config_of(args)).prove(args.event, wait=args.wait), indent=None)
 
 
-def cmd_purge(options: Options) -> None:
-    if options.older_than > sql_time(utc_now()):
+def cmd_purge(args: Args) -> None:
+    if args.older_than > sql_time(utc_now()):
         raise _UsageError("--older-than lies in the future; everything would go")
-    store, archive, dry_run = Store(_config_of(options)), options.archive, options.dry_run
+    store, archive, dry_run = Store(_config_of(args)), args.archive, args.dry_run
     if archive:
         if os.path.lexists(archive) and not os.path.isdir(archive):
             raise _UsageError(f"{archive} is no directory; name one for --archive")
         store.refuse_journal(archive)
-    removal = store.purge(options.older_than, archive=archive, dry_run=dry_run, wait=options.wait)
+    removal = store.purge(args.older_than, archive=archive, dry_run=dry_run, wait=args.wait)
     text = f"{counted(removal.events, 'event')} {'would be ' if dry_run else ''}purged"
     if removal.events:
         text += f", from {iso_time(removal.first_event)} to {iso_time(removal.last_event)}"
@@ -10936,33 +10936,33 @@ def cmd_purge(options: Options) -> None:
         _say(f"{counted(len(removal.wrong), 'segment')} did not match the ledger, as `verify` goes on saying")
 
 
-def cmd_backup(options: Options) -> None:
-    events = Store(_config_of(options)).backup(options.file, wait=options.wait)
-    _print(f"{counted(events, 'event')} copied to {options.file}")
+def cmd_backup(args: Args) -> None:
+    events = Store(_config_of(args)).backup(args.file, wait=args.wait)
+    _print(f"{counted(events, 'event')} copied to {args.file}")
 
 
-def cmd_restore(options: Options) -> None:
-    restored = Store(_config_of(options)).restore(options.file, wait=options.wait)
+def cmd_restore(args: Args) -> None:
+    restored = Store(_config_of(args)).restore(args.file, wait=args.wait)
     _print(f"{counted(restored.back, 'event')} restored; the database holds {restored.events}")
     if restored.kept:
         _print(f"the database that was there before: {restored.kept}")
 
 
-def cmd_compact(options: Options) -> None:
-    before, after = Store(_config_of(options)).compact(wait=options.wait)
+def cmd_compact(args: Args) -> None:
+    before, after = Store(_config_of(args)).compact(wait=args.wait)
     _print(f"{before} bytes before, {after} bytes after")
 
 
-def cmd_wrap(options: Options) -> int:
-    command = options.server[1:] if options.server[0] == "--" else options.server
-    config = _config_of(options)
+def cmd_wrap(args: Args) -> int:
+    command = args.server[1:] if args.server[0] == "--" else args.server
+    config = _config_of(args)
     if not config.enabled:
         problem = f"audit logging is not enabled for profile {config.profile!r}"
-        if options.strict:
+        if args.strict:
             raise _UsageError(f"{problem}; enable it in {config.site_file}, or leave --strict out")
         _say(f"mxcp-audit: {problem}: the traffic passes unaudited")
     audit = AuditLogger.__new__(AuditLogger)
-    audit.__setstate__(config._replace(strict=("*",)) if options.strict else config)
+    audit.__setstate__(config._replace(strict=("*",)) if args.strict else config)
     code = WrappedServer(command, audit).run()
     audit.shutdown(WrappedServer.GRACE_SECONDS)  # a client kills what takes longer; the journal has it all
     return end_like(code)
@@ -10985,7 +10985,7 @@ _mxcp_audit() {{
 complete -o default -F _mxcp_audit mxcp-audit"""
 
 
-def cmd_completion(options: Options) -> None:
+def cmd_completion(args: Args) -> None:
     words = {
         f'*" {name}"': globals()[kind]
         for name, kind in re.findall(r"(--\w+)(?: [A-Z]+)? \{(\w+)\}", _OPTIONS)
@@ -11004,14 +11004,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout, sys.stderr = sys.stdout or sink, sys.stderr or sink
     arguments, debug = sys.argv[1:] if argv is None else argv, False
     try:
-        options = build_parser(local="--local" in arguments).parse_args(arguments)
-        debug = getattr(options, "debug", False)
+        args = build_parser(local="--local" in arguments).parse_args(arguments)
+        debug = getattr(args, "debug", False)
         if debug:
             import logging
 
             logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
-        _check_options(options)
-        code = int(options.run(options) or 0)
+        _check_options(args)
+        code = int(args.run(args) or 0)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # nothing more may be flushed into the pipe at exit
