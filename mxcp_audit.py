@@ -8898,17 +8898,21 @@ def write_text(file: TextIO, text: str) -> None:
 # --- data: JSON and CSV
 
 
-def json_text(value: object, *, indent: int | None = None, ascii_only: bool = False) -> str:
-    return harmless_json(json.dumps(value, ensure_ascii=False, indent=indent), ascii_only=ascii_only)
+def json_text(value: object, file: TextIO | None = None, indent: int | None = None) -> str:
+    return harmless_json(json.dumps(value, ensure_ascii=False, indent=indent), file)
 
 
-def harmless_json(text: str, *, ascii_only: bool = False) -> str:
-    """Return JSON text with escapes for what is not printable, or no ASCII."""
-    if text.isprintable() and (text.isascii() or not ascii_only):
-        return text
-    return "".join(
-        c if c == "\n" or (c.isprintable() and (c.isascii() or not ascii_only)) else json.dumps(c)[1:-1]
-        for c in text
+def harmless_json(text: str, file: TextIO | None = None) -> str:
+    """Return JSON text with escapes for what is not printable, or not in `file`'s encoding."""
+
+    def is_harmless(text: str) -> bool:
+        return text.isprintable() and (takes_all or text.isascii())
+
+    takes_all = file is None or takes_unicode(file)
+    return (
+        text
+        if is_harmless(text)
+        else "".join(c if c == "\n" or is_harmless(c) else json.dumps(c)[1:-1] for c in text)
     )
 
 
@@ -8921,10 +8925,10 @@ def write_json(
     by_line: bool = False,
 ) -> None:
     """Write rows as objects of all or some names: a JSON array, or one a line."""
-    ascii_only, mark = not takes_unicode(file), "["
+    mark = "["
     for row in rows:
         event = dict(zip(names, row))
-        text = json_text({name: event[name] for name in columns or names}, ascii_only=ascii_only)
+        text = json_text({name: event[name] for name in columns or names}, file)
         file.write(text + "\n" if by_line else mark + text)
         mark = ",\n "
     if not by_line:
@@ -9058,7 +9062,7 @@ def write_stats(
     file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: int | None, local: bool = False
 ) -> None:
     """Write rows of a group's name and STATS_COLUMNS as a table with bars."""
-    heads = [by.upper(), "CALLS", "ERRORS", "DENIED", "P50", "P95", "P99", "MAX MS"]
+    heads = f"{by.upper()},CALLS,ERRORS,DENIED,P50,P95,P99,MAX MS".split(",")
     heads += ["RUNNING"] * any(row[10] for row in rows)
     count, table = len(heads), [[*heads, "FIRST SEEN", "LAST SEEN"]]
     for *numbers, first, last, running in rows:
@@ -9973,7 +9977,7 @@ def end_like(code: int) -> int:
 # One table says what each command is for and takes; its `cmd_…` does it and returns an exit status.
 
 Args: TypeAlias = "argparse.Namespace"
-EXIT_FAILED, EXIT_USAGE, EXIT_LOCKED = 1, 2, 75  # 75 is EX_TEMPFAIL of sysexits.h: try again later
+EXIT_FAILED, EXIT_USAGE, EXIT_LOCKED = 1, 2, 75  # 75 is EX_TEMPFAIL of sysexits.h
 
 
 class _UsageError(AuditError):
@@ -9991,14 +9995,12 @@ def parse_time(text: str, *, now: datetime.datetime | None = None, local: bool =
     """Return a duration before now, or an ISO date or time (UTC unless `local`), as naive UTC text."""
     now = (now or utc_now()).astimezone(None if local else datetime.timezone.utc)
     day = f"{now - datetime.timedelta(days=text == 'yesterday'):%Y-%m-%d}"
-    if text in ("today", "yesterday"):
-        text = day
-    elif re.match(r"\d\d:\d\d", text):
-        text = f"{day}T{text}"
+    given = re.sub(r"^(?=\d\d:\d\d)", f"{day}T", day if text in ("today", "yesterday") else text)
     try:
-        if re.match(r"\d{4}-", text):
-            return sql_time(parse_iso(text, local=local))
-        return sql_time(now - datetime.timedelta(seconds=parse_duration(re.sub(r"(?<=\d)min\b", "m", text))))
+        if re.match(r"\d{4}-", given):
+            return sql_time(parse_iso(given, local=local))
+        seconds = parse_duration(re.sub(r"(?<=\d)min\b", "m", text))
+        return sql_time(now - datetime.timedelta(seconds=seconds))
     except (ValueError, OverflowError):
         examples = "10m, 2h, 1d, 1h30m, today, 15:00, 2026-01-31 or 2026-01-31T12:00:00Z"
         raise ValueError(f"{text!r} is neither a duration nor a time: write {examples}") from None
@@ -10029,10 +10031,10 @@ def _value(metavar: str, text: str, *, local: bool) -> Any:
     return text
 
 
-# --- the options: one table, of which the parser, its help and the completion are made, and docs/cli.md
+# --- the options: a table, of which the parser, its help, the completion and docs/cli.md are made
 
 # `@` begins a command, with one line about it; then come more about it, examples (`>`), groups (`[…]`, or `&`
-# for those of another) and options: names, metavar or {constant} of choices, `=` a default, _MARKS, the help.
+# for another's) and options: names, metavar or {constant} of choices, `=` a default, _MARKS, the help.
 _OPTIONS = """
 &common
 [which log]
@@ -10244,8 +10246,7 @@ def _add_option(place: Any, line: str, local: bool) -> None:
             raise argparse.ArgumentTypeError(str(error)) from None
 
     form, _, text = line.partition(" | ")
-    names: list[str] = []
-    settings: dict[str, Any] = {}
+    names, settings = list[str](), dict[str, Any]()
     for word in form.split(" "):
         if word.startswith("-") or not names:
             names.append(word)
@@ -10261,7 +10262,7 @@ def _add_option(place: Any, line: str, local: bool) -> None:
 
 
 def build_parser(*, local: bool = False) -> argparse.ArgumentParser:
-    """Return the parser that _OPTIONS describes, for `local` or UTC times; wrong usage raises _UsageError."""
+    """Return the parser that _OPTIONS describes, for `local` or UTC times."""
     import argparse
     import textwrap
 
@@ -10330,7 +10331,7 @@ def _print(text: str = "") -> None:
 
 
 def _print_json(value: object, indent: int | None = 2) -> None:
-    _print(json_text(value, indent=indent, ascii_only=not takes_unicode(sys.stdout)))
+    _print(json_text(value, sys.stdout, indent))
 
 
 def _say(text: str) -> None:
@@ -10369,8 +10370,7 @@ def _standard_input() -> str:
 def _config_of(args: Args) -> Config:
     if args.db is None:
         return load_config(config=args.config, profile=args.profile)
-    # Of a target that is no file: the default profile's, here.
-    journal = "logs-default.journal" if is_attach_target(args.db) else None
+    journal = "logs-default.journal" if is_attach_target(args.db) else None  # the default profile's, here
     return config_from_arguments(path=args.db, journal=journal)
 
 
@@ -10408,11 +10408,11 @@ def _write_whole(path: str, text: str) -> None:
         raise AuditError(f"{path} can't be written: {error.strerror}") from error
 
 
-def cmd_log(args: Args) -> int | None:
+def cmd_log(args: Args) -> None:
     what, store, count = _filter_of(args), _store_of(args), args.limit or 100
     if args.export:
         _export(args, store, what)
-        return None
+        return
     columns, write = "", _event_writer(args)
     if args.format:
         if args.format not in STREAM_FORMS:
@@ -10420,7 +10420,7 @@ def cmd_log(args: Args) -> int | None:
         columns, write = f"{form_sql(args.format)} AS line", _line_writer(args)
     if args.follow or args.cursor_file:
         _follow(args, store, what, columns, write)
-        return None
+        return
     with store.reading(wait=args.wait) as reading:
         problem = reading.problem
         if problem and args.format:
@@ -10438,15 +10438,14 @@ def cmd_log(args: Args) -> int | None:
             sys.stdout.flush()
             _say(summary(len(rows), "event", count))
         if problem:
-            _say(f"only events of the journal are shown: {problem}")
-            return EXIT_LOCKED if isinstance(problem, DatabaseLockedError) else EXIT_FAILED
+            _say("only events of the journal are shown")
+            raise problem
         if lost := sum(count for count, _ in store.losses(reading)):
             _say(f"{counted(lost, 'event')} lost in the last 30 days: see `doctor`")
-    return None
 
 
 def _event_writer(args: Args) -> Callable[..., None]:
-    """Return what writes events as JSON or a table, and more of it when it is called again to follow."""
+    """Return what writes events as JSON or a table, which goes on with --follow."""
     if args.json:
         return functools.partial(write_json, sys.stdout, columns=args.columns, by_line=args.follow)
     width, colour = _terminal()
@@ -10564,10 +10563,9 @@ _POST_SECONDS = 60.0  # without --follow: how long a receiver may say no
 
 def _line_writer(args: Args) -> _Write:
     """Return what prints lines, or posts them, in batches that receivers take."""
-    ascii_only = not takes_unicode(sys.stdout)
 
     def print_lines(lines: Sequence[str]) -> None:
-        print("\n".join(harmless_json(line, ascii_only=ascii_only) for line in lines), flush=True)
+        print("\n".join(harmless_json(line, sys.stdout) for line in lines), flush=True)
 
     send = print_lines if args.post is None else _poster_of(args)
 
@@ -10670,7 +10668,7 @@ def _export(args: Args, store: Store, what: Filter) -> None:
     _say(f"{counted(count, 'event')} written to {'standard output' if to_stdout else path}")
 
 
-def cmd_show(args: Args) -> int | None:
+def cmd_show(args: Args) -> None:
     name, count = args.event.strip(), args.around
     ids = [name]
     try:
@@ -10685,10 +10683,7 @@ def cmd_show(args: Args) -> int | None:
             raise _UsageError(f"{name} may be any of {', '.join(ids)} …")
         rows = list(reading.rows(Filter(event_id=ids[0]), count=1)) if ids else []
         if not rows:
-            if reading.problem is not None:
-                raise reading.problem
-            _say(f"there is no event {name}")
-            return EXIT_FAILED
+            raise reading.problem or AuditError(f"there is no event {name}")
         event = dict(zip(PUBLIC_COLUMNS, rows[0]))
         if count:
             if event["session_id"] is None:
@@ -10705,7 +10700,6 @@ def cmd_show(args: Args) -> int | None:
             event["timestamp"] = local_time(event["timestamp"])
         texts = {name: indented_json(event.pop(name) or "null") for name in ("input_json", "context")}
         write_fields(sys.stdout, {"event_id": ids[0], **event, **texts})
-    return None
 
 
 def cmd_stats(args: Args) -> None:
@@ -10756,10 +10750,8 @@ def cmd_config(args: Args) -> None:
 
 
 def cmd_redact(args: Args) -> None:
-    if args.db or args.config or args.profile or find_site_file(os.getcwd()):
-        config = _config_of(args)
-    else:
-        config = config_from_arguments("none")  # the default rules
+    is_configured = args.db or args.config or args.profile or find_site_file(os.getcwd())
+    config = _config_of(args) if is_configured else config_from_arguments("none")
     redactor = redactor_of(config)
     try:
         value = json.loads(_standard_input())
@@ -10772,9 +10764,8 @@ def cmd_redact(args: Args) -> None:
         redacted = [{"path": path, "reason": reason} for path, reason in reasons]
         _print_json({"recorded": json.loads(recorded), "redacted": redacted})
         return
-    _print(indented_json(recorded))
+    _print(indented_json(recorded) + "\n" * bool(reasons))
     if reasons:
-        _print()
         write_grid(sys.stdout, ("REDACTED", "BECAUSE"), reasons, width=None)
 
 

@@ -247,7 +247,7 @@ def test_fields_and_text_are_harmless() -> None:
 
 def test_json_text_escapes_in_every_place() -> None:
     value = {HOSTILE: [HOSTILE]}
-    for options in ({}, {"indent": 2}, {"ascii_only": True}):
+    for options in ({}, {"indent": 2}, {"file": Text("ascii")}):
         text = json_text(value, **options)  # type: ignore[arg-type]
         assert harmless(text) and json.loads(text) == value
 
