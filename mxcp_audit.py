@@ -8873,9 +8873,8 @@ def clip(text: str, width: int | None) -> str:
     return text[: sum(1 for _ in itertools.takewhile(width.__gt__, ends))] + "…" if width > 0 else ""
 
 
-def fit(text: str, width: int, *, right: bool = False) -> str:
-    """Return the text in exactly `width` cells: cut or padded."""
-    text = clip(text, width)
+def pad(text: str, width: int, *, right: bool = False) -> str:
+    """Return the text with blanks up to `width` cells."""
     blanks = " " * (width - display_width(text))
     return blanks + text if right else text + blanks
 
@@ -8904,16 +8903,11 @@ def json_text(value: object, file: TextIO | None = None, indent: int | None = No
 
 def harmless_json(text: str, file: TextIO | None = None) -> str:
     """Return JSON text with escapes for what is not printable, or not in `file`'s encoding."""
-
-    def is_harmless(text: str) -> bool:
-        return text.isprintable() and (takes_all or text.isascii())
-
     takes_all = file is None or takes_unicode(file)
-    return (
-        text
-        if is_harmless(text)
-        else "".join(c if c == "\n" or is_harmless(c) else json.dumps(c)[1:-1] for c in text)
-    )
+    if text.isprintable() and (takes_all or text.isascii()):
+        return text
+    harmful = [c for c in {*text} - {"\n"} if not (c.isprintable() and (takes_all or c.isascii()))]
+    return text.translate({ord(c): json.dumps(c)[1:-1] for c in harmful})
 
 
 def write_json(
@@ -8971,17 +8965,16 @@ def write_events(
     columns: Sequence[str] = SHORT_COLUMNS,
     width: int | None,
     colour: bool,
-    with_reasons: bool = True,
-    with_input: bool = False,
+    below: Sequence[str] = ("reason", "error"),
     local: bool = False,
     widths: list[int] | None = None,
 ) -> None:
-    """Write events as a table; with the same `widths`, first empty, it goes on."""
+    """Write events as a table, some values in lines below; with the same `widths`, first [], it goes on."""
     events = [dict(zip(PUBLIC_COLUMNS, row)) for row in rows]
     cells = [[_cell(event[name], name, local) for name in columns] for event in events]
     if not widths:
-        time = f"TIME ({'local' if local else 'UTC'})"
-        heads = {"timestamp": time, "policy_decision": "POLICY", "duration_ms": "MS"}
+        zone = "local" if local else "UTC"
+        heads = {"timestamp": f"TIME ({zone})", "policy_decision": "POLICY", "duration_ms": "MS"}
         events, cells = [{}, *events], [[heads.get(name, name.upper()) for name in columns], *cells]
     if widths == []:
         widths += [_FIRST_WIDTHS.get(column, 0) for column in columns]
@@ -8989,11 +8982,11 @@ def write_events(
     for event, line in zip(events, _aligned(cells, are_numbers, width, widths)):
         style = _STYLES.get(event.get("status", "")) or _STYLES.get(event.get("policy_decision", ""))
         _write(file, f"{style}{line}\x1b[0m" if style and colour else line)
-        for label in ("reason", "error") if with_reasons else ():
-            if event.get(label):
-                _write(file, clip(f"    {label}: {printable(event[label])}", width))
-        if with_input and event:
-            _write(file, "    " + printable(event["input_json"] or "-"))
+        for name in below if event else ():
+            if name == "input_json":
+                _write(file, "    " + printable(event[name] or "-"))
+            elif event[name]:
+                _write(file, clip(f"    {name}: {printable(event[name])}", width))
 
 
 def summary(shown: int, noun: str, limit: int | None) -> str:
@@ -9004,17 +8997,16 @@ def write_grid(file: TextIO, heads: Sequence[str], rows: Sequence[Row], *, width
     """Write rows of any values as a table."""
     columns = list(zip(*rows)) or [("",)] * len(heads)
     are_numbers = [all(isinstance(value, (int, float, type(None))) for value in column) for column in columns]
-    cells = [[*map(printable, heads)], *([*map(_cell, row)] for row in rows)]
-    for line in _aligned(cells, are_numbers, width):
+    for line in _aligned([[*map(_cell, row)] for row in (heads, *rows)], are_numbers, width):
         _write(file, line)
 
 
 def write_fields(file: TextIO, fields: Mapping[str, object]) -> None:
     """Write names and values, a line each; several lines of a value are indented."""
     for name, value in fields.items():
-        first, *rest = ["-"] if value is None else str(value).split("\n")
-        for line in [name, f"  {first}", *(f"  {line}" for line in rest)] if rest else [f"{name:16} {first}"]:
-            _write(file, printable(line).rstrip())
+        text = "-" if value is None else str(value)
+        indented = f"{name}\n{text}".replace("\n", "\n  ")
+        write_text(file, indented if "\n" in text else f"{name:16} {text}")
 
 
 def _aligned(
@@ -9036,7 +9028,7 @@ def _aligned(
         excess -= less
     for row in rows:
         cells = (
-            fit(cell, size if width else max(size, display_width(cell)), right=is_number)
+            pad(clip(cell, width and size), size, right=is_number)
             for cell, size, is_number in zip(row, widths, are_numbers)
         )
         yield clip("  ".join(cells).rstrip(), width)
@@ -9080,7 +9072,7 @@ def write_stats(
     are_numbers = [0 < index < count for index in range(len(sizes))]
     for line, value in zip(_aligned(table, are_numbers, width), [0, *shown]):
         if bars > 3:
-            line = fit(line, room - bars) + block * -(-value * bars // max([*shown, 1]))
+            line = pad(line, room - bars) + block * -(-value * bars // max([*shown, 1]))
         _write(file, line.rstrip())
 
 
@@ -10408,13 +10400,28 @@ def _write_whole(path: str, text: str) -> None:
         raise AuditError(f"{path} can't be written: {error.strerror}") from error
 
 
+_Write: TypeAlias = Callable[[Any], None]  # of rows
+
+
 def cmd_log(args: Args) -> None:
     what, store, count = _filter_of(args), _store_of(args), args.limit or 100
     if args.export:
         _export(args, store, what)
         return
-    columns, write = "", _event_writer(args)
-    if args.format:
+    columns, (width, colour) = "", _terminal()
+    write: _Write = functools.partial(
+        write_events,
+        sys.stdout,
+        columns=args.columns or (WIDE_COLUMNS if args.wide else SHORT_COLUMNS),
+        width=None if args.wide else width,
+        colour=colour,
+        below=("reason", "error") * (not args.columns) + ("input_json",) * args.input,
+        local=args.local,
+        widths=[] if args.follow else None,
+    )
+    if args.json:
+        write = functools.partial(write_json, sys.stdout, columns=args.columns, by_line=args.follow)
+    elif args.format:
         if args.format not in STREAM_FORMS:
             raise _UsageError(f"--format {args.format} needs --export; else: {', '.join(STREAM_FORMS)}")
         columns, write = f"{form_sql(args.format)} AS line", _line_writer(args)
@@ -10442,27 +10449,6 @@ def cmd_log(args: Args) -> None:
             raise problem
         if lost := sum(count for count, _ in store.losses(reading)):
             _say(f"{counted(lost, 'event')} lost in the last 30 days: see `doctor`")
-
-
-def _event_writer(args: Args) -> Callable[..., None]:
-    """Return what writes events as JSON or a table, which goes on with --follow."""
-    if args.json:
-        return functools.partial(write_json, sys.stdout, columns=args.columns, by_line=args.follow)
-    width, colour = _terminal()
-    return functools.partial(
-        write_events,
-        sys.stdout,
-        columns=args.columns or (WIDE_COLUMNS if args.wide else SHORT_COLUMNS),
-        width=None if args.wide else width,
-        colour=colour,
-        with_reasons=args.columns is None,
-        with_input=args.input,
-        local=args.local,
-        widths=[] if args.follow else None,
-    )
-
-
-_Write: TypeAlias = Callable[[Any], None]  # of rows
 
 
 def _follow(args: Args, store: Store, what: Filter, columns: str, write: _Write) -> None:
@@ -10840,7 +10826,13 @@ def cmd_verify(args: Args) -> int:
     store = Store(_config_of(args))
     verdict = store.verify(checkpoint=checkpoint, since=args.since, wait=args.wait, progress=_progress)
     if args.json:
-        _print_json(_verdict_object(verdict), indent=None)
+        names = "intact entries segments events purged lost legacy waiting_bytes more_findings purges notes"
+        answer: dict[str, Any] = {name: getattr(verdict, name) for name in names.split()}
+        answer["journals"] = [head._asdict() for head in verdict.heads]
+        answer["findings"] = findings = [finding._asdict() for finding in verdict.findings]
+        for finding in findings:
+            finding["events"] = [f"{finding['segment']}:{seq}" for seq in finding.pop("seqs")]
+        _print_json(answer, indent=None)
     else:
         lines = [f"{finding.kind:<9} {finding.text}" for finding in verdict.findings]
         if verdict.more_findings:
@@ -10851,15 +10843,6 @@ def cmd_verify(args: Args) -> int:
         lines += [f"note      {note}" for note in verdict.notes]
         _print("\n".join([*lines, _verdict_summary(verdict, args.since)]))
     return 0 if verdict.intact else EXIT_FAILED
-
-
-def _verdict_object(verdict: Verdict) -> dict[str, object]:
-    findings = [finding._asdict() for finding in verdict.findings]
-    for finding in findings:
-        finding["events"] = [f"{finding['segment']}:{seq}" for seq in finding.pop("seqs")]
-    names = "intact entries segments events purged lost legacy waiting_bytes more_findings purges notes"
-    answer = {name: getattr(verdict, name) for name in names.split()}
-    return {**answer, "journals": [head._asdict() for head in verdict.heads], "findings": findings}
 
 
 def _verdict_summary(verdict: Verdict, since: str | None = None) -> str:
