@@ -9502,12 +9502,10 @@ class Importer:
     it: the ledger knows them again in a file that was renamed, compressed or continued.
     """
 
-    def __init__(self, config: Config, *, on_bad_line: Callable[[str, int, str], None], wait: float) -> None:
-        self._now_ns = 0
-        self._encoder = Encoder(
-            redactor_of(config), max_input_bytes=config.max_input_bytes, clock=lambda: self._now_ns
-        )
-        self._store, self._on_bad_line, self._wait = Store(config), on_bad_line, wait
+    def __init__(self, config: Config, *, on_bad_line: Callable[[str], None], wait: float) -> None:
+        redactor, limit = redactor_of(config), config.max_input_bytes
+        self._encoder = Encoder(redactor, max_input_bytes=limit, clock=lambda: self._now_ns)
+        self._store, self._on_bad_line, self._wait, self._now_ns = Store(config), on_bad_line, wait, 0
 
     def take(self, path: str) -> tuple[int, int, int]:
         """Import a file; return its numbers of new events, known ones, and bad lines."""
@@ -9548,7 +9546,7 @@ class Importer:
                 return
             except (ValueError, OSError, EOFError, zlib.error) as error:
                 self._bad += 1
-                self._on_bad_line(path, number, str(getattr(error, "strerror", None) or error))
+                self._on_bad_line(f"{path}:{number}: {getattr(error, 'strerror', None) or error}")
                 continue
             if event is not None:
                 self._digest.update(line)
@@ -10295,13 +10293,13 @@ def build_parser(*, local: bool = False) -> argparse.ArgumentParser:
 
 
 def _check_options(args: Args) -> None:
-    values = {name.replace("_", "-"): value for name, value in vars(args).items()}
-    given = {name for name, value in values.items() if value not in (None, False)}
+    given = {name.replace("_", "-"): value not in (None, False) for name, value in vars(args).items()}
     for name, *others in map(str.split, _EXCLUDES.splitlines()):
-        if name in given and (clash := given.intersection(others)):
-            raise _UsageError(f"--{name} does not go with --{clash.pop()}")
+        for other in others:
+            if given.get(name) and given.get(other):
+                raise _UsageError(f"--{name} does not go with --{other}")
     for name, other in map(str.split, _NEEDS.split(", ")):
-        if name in given and other in values and other not in given:
+        if given.get(name) and not given.get(other, True):
             raise _UsageError(f"--{name} needs --{other}")
 
 
@@ -10556,16 +10554,13 @@ def _line_writer(args: Args) -> _Write:
     send = print_lines if args.post is None else _poster_of(args)
 
     def write(rows: Iterable[Row]) -> None:
-        batch, left = list[str](), _POST_BYTES
-        for (line,) in rows:
-            size = len(line.encode()) + 1
-            if batch and (len(batch) == _POST_LINES or size > left):
+        batch, size = list[str](), 0
+        for (line,) in itertools.chain(rows, [("",)]):
+            size += len(line.encode()) + 1
+            if batch and (not line or len(batch) == _POST_LINES or size > _POST_BYTES):
                 send(batch)
-                batch, left = [], _POST_BYTES
+                batch, size = [], len(line.encode()) + 1
             batch.append(line)
-            left -= size
-        if batch:
-            send(batch)
 
     return write
 
@@ -10701,25 +10696,21 @@ def cmd_stats(args: Args) -> None:
 
 
 def cmd_sql(args: Args) -> None:
-    statement = _standard_input() if args.statement == "-" else args.statement
-    try:
-        # Python hears no Ctrl+C during a call into DuckDB, and a query of somebody's own may be endless.
-        store = _store_of(args, functools.partial(open_engine, apart=True))
-        with _whole_log(store, args) as reading:
-            names, rows = reading.query(statement)
-            if args.json:
-                write_json(sys.stdout, rows, names)
-            elif args.csv:
-                file: Any = sys.stdout
-                if file.isatty():
-                    file = types.SimpleNamespace(write=lambda line: _print(line.removesuffix("\n")))
-                elif hasattr(file, "reconfigure"):  # UTF-8 whatever the locale says
-                    file.reconfigure(encoding="utf-8", newline="")
-                write_csv(file, names, rows, raw=args.raw)
-            else:
-                write_grid(sys.stdout, names, list(rows), width=_terminal()[0])
-    except QueryError as error:  # without the place, which is one in our statement around it
-        raise QueryError(str(error).partition("\n\nLINE ")[0]) from error
+    statement, file = _standard_input() if args.statement == "-" else args.statement, cast("Any", sys.stdout)
+    # Python hears no Ctrl+C during a call into DuckDB, and a query of somebody's own may be endless.
+    store = _store_of(args, functools.partial(open_engine, apart=True))
+    with _whole_log(store, args) as reading:
+        names, rows = reading.query(statement)
+        if args.json:
+            write_json(file, rows, names)
+        elif args.csv:
+            if file.isatty():
+                file = types.SimpleNamespace(write=lambda line: _print(line.removesuffix("\n")))
+            elif hasattr(file, "reconfigure"):  # UTF-8 whatever the locale says
+                file.reconfigure(encoding="utf-8", newline="")
+            write_csv(file, names, rows, raw=args.raw)
+        else:
+            write_grid(file, names, list(rows), width=_terminal()[0])
 
 
 def cmd_config(args: Args) -> None:
@@ -10770,10 +10761,7 @@ def cmd_ingest(args: Args) -> int:
 
 
 def cmd_import(args: Args) -> int:
-    def bad_line(path: str, number: int, reason: str) -> None:
-        _say(f"{path}:{number}: {reason}")
-
-    code, importer = 0, Importer(_config_of(args), on_bad_line=bad_line, wait=args.wait)
+    code, importer = 0, Importer(_config_of(args), on_bad_line=_say, wait=args.wait)
     for path in args.files:
         events, known, bad = importer.take(path)
         code = EXIT_FAILED if bad else code
@@ -10866,10 +10854,8 @@ def _read_checkpoint(path: str, signers: str | None = None) -> list[Head]:
         with open(path, encoding="utf-8") as file:
             text = file.read()
         said = json.loads(text[text.index("{") :])
-        heads = [
-            Head(str(head["journal"]), int(head["position"]), int(head["events"]), str(head["seal"]))
-            for head in said["journals"]
-        ]
+        kinds = tuple(zip(Head._fields, (str, int, int, str)))
+        heads = [Head(*(kind(head[name]) for name, kind in kinds)) for head in said["journals"]]
     except Exception as error:
         problem = f"{path} is no checkpoint that can be read ({error})"
         raise _UsageError(f"{problem}; `mxcp-audit checkpoint` prints one") from error
@@ -10996,7 +10982,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (AuditError, OSError) as error:
         if debug:
             raise
-        _say(f"mxcp-audit: {error}")
+        _say("mxcp-audit: " + str(error).partition("\n\nLINE ")[0])  # of a statement around the user's
         if isinstance(error, (ConfigError, EventError, _UsageError)):
             return EXIT_USAGE
         return EXIT_LOCKED if isinstance(error, DatabaseLockedError) else EXIT_FAILED

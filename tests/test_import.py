@@ -230,9 +230,7 @@ def test_import_files_that_are_none(tmp_path: Path, cli: Cli) -> None:
 
 
 def importer(tmp_path: Path) -> Importer:
-    return Importer(
-        config_from_arguments(tmp_path / "log.duckdb"), on_bad_line=lambda path, number, reason: None, wait=5
-    )
+    return Importer(config_from_arguments(tmp_path / "log.duckdb"), on_bad_line=print, wait=5)
 
 
 def names(tmp_path: Path) -> list[str]:
