@@ -9288,24 +9288,22 @@ FROM (SELECT unnest(generate_series(date_trunc('{{unit}}', min(timestamp)), max(
   LEFT JOIN (SELECT date_trunc('{{unit}}', timestamp) AS b, CASE WHEN policy_decision = 'deny' THEN 'denied'
     WHEN status = 'error' THEN status ELSE 'success' END AS outcome FROM events) USING (b)
 GROUP BY b ORDER BY b"""
-# Each table's title, columns (# marks numbers), and query of `events`.
-_REPORT_TABLES = """\
-Denials: last at,name,user,reason,#calls
+# By title and columns (# marks numbers): queries of `events`.
+_REPORT_TABLES = {
+    "Denials: last at,name,user,reason,#calls": """\
 SELECT max(timestamp)::VARCHAR, name, user_id, reason, count(*)
-FROM events WHERE policy_decision = 'deny' GROUP BY 2, 3, 4 ORDER BY 5 DESC, 2, 3, 4 LIMIT 50
-
-Errors by class: class,#calls,last at,name,example
+FROM events WHERE policy_decision = 'deny' GROUP BY 2, 3, 4 ORDER BY 5 DESC, 2, 3, 4 LIMIT 50""",
+    "Errors by class: class,#calls,last at,name,example": """\
 SELECT coalesce(error_type, nullif(regexp_extract(error, '^([A-Za-z_][A-Za-z0-9_.]*): ', 1), ''), 'unknown'),
   count(*), max(timestamp)::VARCHAR, arg_max(name, timestamp), left(arg_max(error, timestamp), 500)
-FROM events WHERE status = 'error' GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT 50
-
-Slowest calls: #ms,at,name,user,event id
+FROM events WHERE status = 'error' GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT 50""",
+    "Slowest calls: #ms,at,name,user,event id": """\
 SELECT duration_ms, timestamp::VARCHAR, name, user_id, event_id
-FROM events WHERE duration_ms IS NOT NULL ORDER BY duration_ms DESC, timestamp, event_id LIMIT 10
-
-Unfinished calls: at,name,user,error,event id
+FROM events WHERE duration_ms IS NOT NULL ORDER BY duration_ms DESC, timestamp, event_id LIMIT 10""",
+    "Unfinished calls: at,name,user,error,event id": """\
 SELECT timestamp::VARCHAR, name, user_id, left(error, 200), event_id FROM events
-WHERE status = 'error' AND starts_with(error, 'unfinished:') ORDER BY timestamp DESC, event_id LIMIT 50"""
+WHERE status = 'error' AND starts_with(error, 'unfinished:') ORDER BY timestamp DESC, event_id LIMIT 50""",
+}
 
 
 def _html_table(heads: str, rows: Iterable[Sequence[object]]) -> str:
@@ -9377,14 +9375,12 @@ def report_html(reading: Reading, what: Filter, facts: Mapping[str, str], *, new
         if any(group is not None for group, *_ in groups):
             title = "Tools, resources and prompts" if by == "name" else f"{by.title()}s"
             yield f"<h2>{title}</h2>{_html_table(heads.format(by), groups)}"
-    tables = [
-        (text.partition("\n")[0], ask(text.partition("\n")[2])) for text in _REPORT_TABLES.split("\n\n")
-    ]
+    tables = {head: ask(sql) for head, sql in _REPORT_TABLES.items()}
     places = [PUBLIC_COLUMNS.index(name) for name in ("timestamp", "name", "user_id", "duration_ms")]
     running = [tuple(row[place] for place in places) for row in reading.running(what)]
-    tables.append(("Running calls: since,name,user,#ms", running))
-    tables.append(("Lost events: entered at,#events,reason", reading.losses()))
-    for head, rows in tables:
+    tables |= {"Running calls: since,name,user,#ms": running}
+    tables |= {"Lost events: entered at,#events,reason": reading.losses()}
+    for head, rows in tables.items():
         title, columns = head.split(": ")
         yield f"<h2>{title}</h2>{_html_table(columns, rows) if rows else '<p>none</p>'}"
     yield "<h2>Newest events</h2>"
@@ -10336,15 +10332,14 @@ def _progress(done: int, total: int | None = None) -> None:
             print(f"\r{text}\x1b[K", end="\n" * (done == total), file=sys.stderr, flush=True)
 
 
-def _terminal() -> tuple[int | None, bool]:
+def _terminal(*, wide: bool = False) -> dict[str, Any]:
     """Return the width to fit to, None for a pipe, and whether to use colour (no-color.org)."""
-    is_terminal = sys.stdout.isatty()
-    if not is_terminal and not os.environ.get("COLUMNS"):
-        return None, False
-    import shutil
+    is_terminal, width = sys.stdout.isatty(), None
+    if (is_terminal or os.environ.get("COLUMNS")) and not wide:
+        import shutil
 
-    colour = is_terminal and not os.environ.get("NO_COLOR")
-    return max(40, min(shutil.get_terminal_size().columns, 999)), colour
+        width = max(40, min(shutil.get_terminal_size().columns, 999))
+    return {"width": width, "colour": is_terminal and not os.environ.get("NO_COLOR")}
 
 
 # --- what several commands ask for
@@ -10406,16 +10401,15 @@ def cmd_log(args: Args) -> None:
     if args.export:
         _export(args, store, what)
         return
-    columns, (width, colour) = "", _terminal()
+    columns = ""
     write: _Write = functools.partial(
         write_events,
         sys.stdout,
         columns=args.columns or (WIDE_COLUMNS if args.wide else SHORT_COLUMNS),
-        width=None if args.wide else width,
-        colour=colour,
         below=("reason", "error") * (not args.columns) + ("input_json",) * args.input,
         local=args.local,
         widths=[] if args.follow else None,
+        **_terminal(wide=args.wide),
     )
     if args.json:
         write = functools.partial(write_json, sys.stdout, columns=args.columns, by_line=args.follow)
@@ -10500,7 +10494,7 @@ def _past(args: Args, store: Store, what: Filter, follower: Follower, columns: s
 
 def _with_running(write: _Write, follower: Follower) -> _Write:
     """Return what writes rows and the running calls, which stay below them on a terminal."""
-    is_terminal, width = sys.stdout.isatty(), _terminal()[0] or 200
+    is_terminal, width = sys.stdout.isatty(), _terminal()["width"] or 200
     due, below = 0.0, list[str]()
 
     def show(rows: Sequence[Row]) -> None:
@@ -10540,11 +10534,6 @@ def _read_cursor(path: str) -> dict[str, Any]:
         raise _UsageError(f"{path} is no cursor of ours ({error}); to begin anew, remove it") from error
 
 
-_POST_LINES = 500  # of a batch
-_POST_BYTES = 2**20  # of several lines: receivers have limits
-_POST_SECONDS = 60.0  # without --follow: how long a receiver may say no
-
-
 def _line_writer(args: Args) -> _Write:
     """Return what prints lines, or posts them, in batches that receivers take."""
 
@@ -10555,9 +10544,9 @@ def _line_writer(args: Args) -> _Write:
 
     def write(rows: Iterable[Row]) -> None:
         batch, size = list[str](), 0
-        for (line,) in itertools.chain(rows, [("",)]):
+        for (line,) in itertools.chain(rows, [("",)]):  # the empty one ends the last batch
             size += len(line.encode()) + 1
-            if batch and (not line or len(batch) == _POST_LINES or size > _POST_BYTES):
+            if batch and (not line or len(batch) == 500 or size > 2**20):
                 send(batch)
                 batch, size = [], len(line.encode()) + 1
             batch.append(line)
@@ -10593,7 +10582,7 @@ def _poster_of(args: Args) -> Callable[[Sequence[str]], None]:
             start = '{"resourceLogs":['
             text = start + ",".join(line[len(start) : -2] for line in lines) + "]}"
         request = urllib.request.Request(args.post, text.encode(), headers, method="POST")
-        pause, end = 1.0, time.monotonic() + _POST_SECONDS
+        pause, end = 1.0, time.monotonic() + 60.0  # without --follow
         while True:
             told, is_final = "", False
             try:
@@ -10609,7 +10598,7 @@ def _poster_of(args: Args) -> Callable[[Sequence[str]], None]:
                             asked = (moment - utc_now()).total_seconds()
                         pause = max(pause, min(float(asked), 300.0))
                     told += answer.read(500).decode(errors="replace").strip()
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a bad proxy
                 told = told or f"{shown} can't be reached: {getattr(error, 'reason', error)}"
             if is_final or not (args.follow or time.monotonic() + pause <= end):
                 raise AuditError(f"{told}; nothing more was sent, and the cursor stays")
@@ -10673,9 +10662,8 @@ def cmd_show(args: Args) -> None:
     if args.json:
         write_json(sys.stdout, rows) if count else _print_json(event)
     elif count:
-        width, colour = _terminal()
         columns = ("event_id", *SHORT_COLUMNS[:-1])
-        write_events(sys.stdout, rows, columns=columns, width=width, colour=colour, local=args.local)
+        write_events(sys.stdout, rows, columns=columns, local=args.local, **_terminal())
     else:
         if args.local:
             event["timestamp"] = local_time(event["timestamp"])
@@ -10690,7 +10678,7 @@ def cmd_stats(args: Args) -> None:
     if args.json:
         write_json(sys.stdout, rows, (args.by, *STATS_COLUMNS))
     else:
-        write_stats(sys.stdout, args.by, rows, bar=sort, width=_terminal()[0], local=args.local)
+        write_stats(sys.stdout, args.by, rows, bar=sort, width=_terminal()["width"], local=args.local)
         sys.stdout.flush()
         _say(summary(len(rows), "group", args.limit))
 
@@ -10710,7 +10698,7 @@ def cmd_sql(args: Args) -> None:
                 file.reconfigure(encoding="utf-8", newline="")
             write_csv(file, names, rows, raw=args.raw)
         else:
-            write_grid(file, names, list(rows), width=_terminal()[0])
+            write_grid(file, names, list(rows), width=_terminal()["width"])
 
 
 def cmd_config(args: Args) -> None:
