@@ -10274,10 +10274,8 @@ def build_parser(*, local: bool = False) -> argparse.ArgumentParser:
         examples = "".join(f"\n  mxcp-audit {line[2:]}" for line in lines if line[0] == ">")
         about, examples = textwrap.fill(about, 78), f"examples:{examples}\n"
         command = commands.add_parser(name[1:], **form, help=brief, description=about, epilog=examples)
-        if name not in ("@config", "@redact", "@wrap", "@completion"):  # they open no database
-            lines.insert(0, "&waiting")
-        if name != "@completion":
-            lines.insert(0, "&common")
+        opens_database = name not in ("@config", "@redact", "@wrap", "@completion")
+        lines = ["&common"] * (name != "@completion") + ["&waiting"] * opens_database + lines
         place: Any = command
         for line in itertools.chain.from_iterable(blocks.get(line, ["", line])[1:] for line in lines):
             if line[0] == "[":
@@ -10934,12 +10932,9 @@ complete -o default -F _mxcp_audit mxcp-audit"""
 
 
 def cmd_completion(args: Args) -> None:
-    words = {
-        f'*" {name}"': globals()[kind]
-        for name, kind in re.findall(r"(--\w+)(?: [A-Z]+)? \{(\w+)\}", _OPTIONS)
-    }
-    actions = {action.dest: action for action in build_parser()._actions}
-    commands = cast("Mapping[str, argparse.ArgumentParser]", actions["command"].choices)
+    choices = re.findall(r"(--\w+)(?: [A-Z]+)? \{(\w+)\}", _OPTIONS)
+    words = {f'*" {name}"': globals()[kind] for name, kind in choices}
+    commands: Any = build_parser()._actions[-1].choices
     words |= {f'*" {name} "*': command._option_string_actions for name, command in commands.items()}
     cases = "\n".join(f'        {case}) words="{" ".join(each)}" ;;' for case, each in words.items())
     print(_COMPLETION.format(commands=" ".join(commands), cases=cases))
