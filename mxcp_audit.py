@@ -9323,7 +9323,7 @@ def _html(value: object) -> str:
 
 
 def _chart(unit: str, buckets: Sequence[tuple[str, int, int, int]]) -> Iterator[str]:
-    """Yield a bar chart of calls a bucket of time, stacked by outcome, as SVG with axes and a legend."""
+    """Yield an SVG chart of calls a bucket of time, stacked by outcome."""
     left, base, height = 55, 200, 180
     top = max(sum(counts) for _, *counts in buckets)
     steps = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
@@ -9393,7 +9393,7 @@ def report_html(reading: Reading, what: Filter, facts: Mapping[str, str], *, new
 
 
 def prometheus_text(report: Mapping[str, Any], prefix: str = "mxcp_audit") -> Iterator[str]:
-    """Yield the numbers of a report of `doctor` as gauges in the text format of Prometheus."""
+    """Yield the numbers of `doctor` as gauges in the text format of Prometheus."""
     for name, value in report.items():
         metric = f"{prefix}_{name}"
         samples = {"": len(value) if isinstance(value, list) else value}
@@ -9419,10 +9419,9 @@ def ingest_once(settings: Mapping[str, Any], *, wait: float) -> dict[str, Any]:
     told = Diagnostics(silent=True)
     try:
         answer = Store(Config(**settings), diagnostics=told).ingest_for_logger(wait=wait)
-    except AuditError as error:
-        answer = {"done": False, "fault": str(error), "locked": isinstance(error, DatabaseLockedError)}
     except Exception as error:  # whatever it is, the server goes on
-        answer = {"done": False, "fault": f"{type(error).__name__}: {error}"}
+        fault = str(error) if isinstance(error, AuditError) else f"{type(error).__name__}: {error}"
+        answer = {"done": False, "fault": fault, "locked": isinstance(error, DatabaseLockedError)}
     answer |= {"ingested": told.ingested, "rejected": told.rejected, "log": told.untold}
     return {**answer, "cpu": sum(os.times()[:4])}
 
@@ -9472,9 +9471,6 @@ def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
 # --- import: it redacts and encodes like a logger, and asks the ledger what the table has already
 
 PART_EVENTS = 20_000  # arbitrary: of an imported file, in one segment
-PART_BYTES = 32 * 2**20
-_DAY_NS = 86_400 * 10**9
-IMPORT_LINE_BYTES = 64 * 2**20  # arbitrary: a file without line breaks must not take all memory
 _Imported: TypeAlias = tuple[int, dict[str, Any]]  # an event's time in ns, and its values
 
 
@@ -9487,7 +9483,7 @@ def _lines_of(path: str) -> Iterator[bytes]:
         if head[8:12] == b"DUCK":
             raise StoreError(f"{path} is a DuckDB database; read it as it is: log --db {path}")
         file = cast("IO[bytes]", gzip.open(raw)) if head[:2] == b"\x1f\x8b" else raw
-        for line in iter(lambda: file.readline(IMPORT_LINE_BYTES), b""):
+        for line in iter(lambda: file.readline(2**26), b""):  # there may be no line breaks
             yield line.removeprefix(codecs.BOM_UTF8).strip()
 
 
@@ -9511,7 +9507,7 @@ class Importer:
         self._bad = events = ingested = known = 0
         self._digest = hashlib.sha256()
         file = self._read(path)
-        for _, day in itertools.groupby(file, lambda event: event[0] // _DAY_NS):
+        for _, day in itertools.groupby(file, lambda event: event[0] // 86_400_000_000_000):
             for first in day:
                 part = f"{new_segment_id(first[0]).rpartition('-')[0]}-{self._digest.hexdigest()[:8]}"
                 # Parts are ingested one after the other: after a new one, all are new.
@@ -9557,7 +9553,7 @@ class Importer:
             line = encoder.line(**values, input_json=text, echoes=echoes)
             lines.append(finish_line(line, len(lines) + 1))
             size += len(lines[-1])
-            if len(lines) == PART_EVENTS or size >= PART_BYTES:
+            if len(lines) == PART_EVENTS or size >= 2**25:
                 break
         try:
             segment = self._store.journal.open_segment(named=part)
@@ -10282,7 +10278,6 @@ def build_parser(*, local: bool = False) -> argparse.ArgumentParser:
                 place = command.add_argument_group(line[1:-1]) if line != "[]" else command
             elif line[0] != ">":
                 _add_option(place, line, local)
-        command.set_defaults(run=globals()[f"cmd_{name[1:]}"])
     return parser
 
 
@@ -10298,7 +10293,7 @@ def _check_options(args: Args) -> None:
 
 
 def version_text() -> str:
-    """Return the version, the journal's format and what this very file is, so that an edited copy shows."""
+    """Return the version, the journal's format and this file's digest, which shows an edited copy."""
     import hashlib
 
     digest = "unknown"
@@ -10307,7 +10302,7 @@ def version_text() -> str:
     return f"mxcp_audit {__version__}, journal format {JOURNAL_FORMAT}, file {digest}"
 
 
-# --- answers: to standard output; all else to standard error
+# --- answers
 
 
 def _print(text: str = "") -> None:
@@ -10778,11 +10773,7 @@ def cmd_report(args: Args) -> None:
     what, store = _filter_of(args), _store_of(args)
     store.refuse_own_files(args.out)
     chosen = {name: value for name, value in what._asdict().items() if value not in (None, ())}
-    facts = {
-        "log": store.target.name,
-        "made at": sql_time(utc_now())[:19] + " UTC",
-        "filter": json.dumps(chosen, ensure_ascii=False),
-    }
+    facts = {"log": store.target.name, "made at": f"{utc_now():%F %T} UTC", "filter": json_text(chosen)}
     try:
         verdict = store.verify(wait=args.wait)
         ends = "; ".join(f"{head.journal} at {head.position}: {head.seal[:16]}" for head in verdict.heads)
@@ -10954,7 +10945,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
         _check_options(args)
-        code = int(args.run(args) or 0)
+        code = int(globals()[f"cmd_{args.command}"](args) or 0)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # nothing more may be flushed into the pipe at exit
