@@ -10022,16 +10022,16 @@ _OPTIONS = """
 [which log]
 --config FILE | the site file (default: mxcp-site.yml here or above)
 --profile NAME | the profile (default: MXCP_PROFILE, or the site file's)
---db TARGET | a database, without any site file
+--db TARGET | a database; no site file is read
 []
---debug | show tracebacks and what is going on
+--debug | show tracebacks and what goes on
 
 &times
---utc | times are UTC (the default), as in JSON, exports and groups of `stats` always
---local | times are those of this machine's time zone
+--utc | times are UTC (the default); in JSON, exports and groups of `stats` always
+--local | times are of this machine's time zone
 
 &waiting
---wait SECONDS =5.0 | how long to try again while another process holds the database (default: 5)
+--wait SECONDS =5.0 | how long to try while another process holds the database (default: 5)
 
 &filters
 [which events (all must hold; * in a name is any text)]
@@ -10042,8 +10042,8 @@ _OPTIONS = """
 --policy {POLICY_DECISIONS} | with this decision (denied means deny)
 --status {STATUSES} | that ended so
 --since WHEN | 10s 10m 2h 1d 1w 1h30m ago, today, yesterday, 15:00, or an ISO date or time
---until WHEN | before such a time
---caller NAME | from this caller: http, stdio, cli ...
+--until WHEN | before that
+--caller NAME | from this caller: http, stdio, cli
 --user ID | by this user
 --session ID | in this session
 --trace ID | in this trace
@@ -10051,25 +10051,25 @@ _OPTIONS = """
 --agent ID | by this OAuth client
 --address ADDRESS | from this address
 --server NAME | on this server
---error-type NAME | that failed with this class of exception or JSON-RPC code
---event ID | the one with this event_id
+--error-type NAME | that failed with this exception class or JSON-RPC code
+--event ID | with this event_id
 --grep TEXT | with this text in name, input, error or reason, in any case
---min-ms N | that took N milliseconds or longer
+--min-ms N | that took at least N milliseconds
 
-@log show, follow, filter and export events, from the database and from the journal of running servers
+@log show, follow, filter and export events, those of running servers too
 > log --tool 'user_*' --grep timeout --input
 > log --policy denied --since 7d --export denied.csv
 &filters
 [what is shown]
 &times
 -n --limit N | at most N events (default: 100)
---running | the calls that run on this host instead, longest first; MS is for how long
+--running | calls that run on this host instead, longest first; MS is how long
 --oldest-first | the oldest events, oldest first
 --json | JSON; with -f an object a line
 --columns A,B,... | these of: {PUBLIC_COLUMNS}
 --wide | more columns, nothing cut to the terminal
 --input | the redacted input under each event
--f --follow | new events as they happen; past ones first with --limit or --since
+-f --follow | new events as they happen; with --limit or --since past ones first
 [export]
 --export FILE | write every match (or --limit) with all columns, as the extension says: {EXPORT_FORMATS}; \
 - is standard output
@@ -10077,37 +10077,37 @@ _OPTIONS = """
 --cursor-file FILE | print what is new since the last run with this file
 --post URL | send the lines there, in batches
 --header NAME=VARIABLE * | of --post: a header from an environment variable
---raw | no apostrophe in CSV before what a spreadsheet takes for a formula
---bom | begin CSV with a byte order mark: for Excel
+--raw | no apostrophe in CSV before formulas
+--bom | begin CSV with a byte order mark, for Excel
 
 @show show one event in full
 > show 1f2e3d4c:17 --around 5
-event EVENT_ID | as log --wide shows it, or a part that tells: 1f2e3d4c:17
---around N | a table of N events of its session before it, the event, and N after it
+event EVENT_ID | as log --wide shows it, or a part of it: 1f2e3d4c:17
+--around N | a table of it with N events of its session before and after
 &times
 --json | JSON
 
 @stats count calls, errors and denials; find what is slow
-A line for each group of events; P50, P95, P99 and MAX are milliseconds.
+A line a group; P50, P95, P99 and MAX are milliseconds.
 > stats --type tool --sort p95
 &filters
 [what is shown]
 &times
 --by {STATS_BY} =name | what makes a group (default: name)
---sort {_SORTS} =calls | what is largest first, and what bars show (default: calls); not for hours and days
+--sort {_SORTS} =calls | largest first, and as bars (default: calls); hours and days by time
 -n --limit N =100 | at most N groups (default: 100)
 --json | JSON
 
 @sql ask in SQL, read-only
-Run one SELECT of DuckDB over the view `logs`, which has every event with the columns {PUBLIC_COLUMNS}. \
+Run one SELECT of DuckDB over the view `logs`: every event, with the columns {PUBLIC_COLUMNS}. \
 It can write nothing and read nothing else.
 > sql "SELECT name, avg(duration_ms) FROM logs WHERE type = 'tool' GROUP BY name"
-statement SELECT | the statement; - reads it from standard input
+statement SELECT | the statement; - is standard input
 --json | JSON
 --csv | CSV
---raw | no apostrophe in CSV before what a spreadsheet takes for a formula
+--raw | no apostrophe in CSV before formulas
 
-@config show the settings that hold, and who set them
+@config show the settings that hold, and their sources
 > config --profile production
 --json | JSON
 
@@ -10117,7 +10117,7 @@ Read JSON on standard input. Without a site file the default rules hold.
 --tool NAME | as the input of this tool
 --json | JSON
 
-@ingest move what no running server writes from the journal into the database
+@ingest move what ended servers left in the journal into the database
 > ingest
 
 @doctor say how the log is doing, and what to do about it
@@ -10133,57 +10133,57 @@ Read JSON on standard input. Without a site file the default rules hold.
 -n --limit N | the newest N events in full (default: 100)
 
 @import take in MXCP's own JSONL logs
-Any version, plain or gzip. A log that grew can be given again: nothing is imported twice.
+Any version, plain or gzip. Nothing is imported twice: a log that grew can be given again.
 > import logs-2025.jsonl.gz logs-2026.jsonl
 files FILE + | a JSONL log of MXCP's
 
 @wrap run any stdio MCP server and record what it executes
 COMMAND talks over standard input and output, in any language.
 > wrap -- npx -y @modelcontextprotocol/server-everything
---strict | refuse each call that can't be recorded (default: as the site file says)
-server COMMAND … | the server's command with its arguments, behind --
+--strict | refuse calls that can't be recorded (default: as the site file says)
+server COMMAND … | the server's command and arguments, behind --
 
 @verify prove that nothing was changed, removed or inserted
 Recompute the ledger from the events.
 > verify --checkpoint heads.json
 &times
 --json | JSON
---since WHEN | recompute segments with events since then only
---checkpoint FILE | what `checkpoint` printed: nothing up to there may be missing
---signed-by FILE | it must be signed by one of these allowed signers of OpenSSH
+--since WHEN | recompute only segments with events since then
+--checkpoint FILE | what `checkpoint` printed; nothing up to it may be missing
+--signed-by FILE | allowed signers of OpenSSH; one must have signed it
 
 @checkpoint print where the ledger ends, to be kept elsewhere
-Kept out of reach of who can write the database, it lets `verify --checkpoint FILE` tell whether \
-anything up to it was cut off or rewritten.
+Kept out of reach of the database's writers, it lets `verify --checkpoint FILE` tell whether anything \
+up to it was cut off or rewritten.
 > checkpoint --sign ~/.ssh/id_ed25519 > heads.json
 --sign KEY | sign it with a private key of OpenSSH
 
-@prove print what shows somebody else that one event is in the log
-With a checkpoint made since, it can be checked without the log, by tools/verify_independently.py.
+@prove print what proves to others that an event is in the log
+With a later checkpoint, tools/verify_independently.py checks it without the log.
 > prove EVENT_ID > proof.json
 event EVENT_ID | as log --wide shows it
 
 @purge delete old events, so that the rest still verifies
-Delete every segment whose last event is older, and enter into the ledger what went.
+Delete segments whose last event is older; the ledger says what went.
 > purge --older-than 90d --archive archive
 &times
 --older-than WHEN ! | 90d, or before an ISO date or time
 --dry-run | say what would go
---archive DIR | write what goes as Parquet into DIR first
+--archive DIR | first write what goes into DIR, as Parquet
 
 @backup copy the log while the server runs
 > backup copy.duckdb
 file FILE | a new file; nothing is overwritten
 
 @restore put a backup back, without losing what came after it
-The backup takes the place of the database; what only the database holds is added.
+The backup replaces the database; what only the database holds is added.
 > restore copy.duckdb
 file FILE | what `backup` made
 
 @compact give the space of purged events back to the file system
 > compact
 
-@completion print what makes a shell complete this program's words
+@completion print a script that completes words in a shell
 > completion bash > ~/.local/share/bash-completion/completions/mxcp-audit
 shell {_SHELLS} | which shell
 """
