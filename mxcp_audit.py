@@ -10409,7 +10409,8 @@ def cmd_log(args: Args) -> None:
     elif args.format:
         if args.format not in STREAM_FORMS:
             raise _UsageError(f"--format {args.format} needs --export; else: {', '.join(STREAM_FORMS)}")
-        columns, write = f"{form_sql(args.format)} AS line", _line_writer(args)
+        columns = f"{form_sql(args.format)} AS line"
+        write = _print_lines if args.post is None else _poster_of(args)
     if args.follow or args.cursor_file:
         _follow(args, store, what, columns, write)
         return
@@ -10527,27 +10528,13 @@ def _read_cursor(path: str) -> dict[str, Any]:
         raise _UsageError(f"{path} is no cursor of ours ({error}); to begin anew, remove it") from error
 
 
-def _line_writer(args: Args) -> _Write:
-    """Return what prints lines, or posts them, in batches that receivers take."""
-
-    def print_lines(lines: Sequence[str]) -> None:
-        print("\n".join(harmless_json(line, sys.stdout) for line in lines), flush=True)
-
-    send = print_lines if args.post is None else _poster_of(args)
-
-    def write(rows: Iterable[Row]) -> None:
-        batch, size = list[str](), 0
-        for (line,) in itertools.chain(rows, [("",)]):  # the empty one ends the last batch
-            size += len(line.encode()) + 1
-            if batch and (not line or len(batch) == 500 or size > 2**20):
-                send(batch)
-                batch, size = [], len(line.encode()) + 1
-            batch.append(line)
-
-    return write
+def _print_lines(rows: Iterable[Row]) -> None:
+    for (line,) in rows:
+        print(harmless_json(line, sys.stdout))
+    sys.stdout.flush()
 
 
-def _poster_of(args: Args) -> Callable[[Sequence[str]], None]:
+def _poster_of(args: Args) -> _Write:
     """Return what posts lines until a 2xx comes, with pauses after 429, 5xx and faults."""
     import email.utils
     import http.client
@@ -10565,7 +10552,7 @@ def _poster_of(args: Args) -> Callable[[Sequence[str]], None]:
         if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+=[ -~\xa0-\xff]+", f"{name}={value}", re.ASCII):
             raise _UsageError(f"--header {header}: the variable is not set, or no header can be made of this")
     opener = urllib.request.OpenerDirector()  # a redirect would ask elsewhere, without the events
-    for kind in ("ProxyHandler", "HTTPHandler", "HTTPSHandler"):
+    for kind in ("ProxyHandler", "UnknownHandler", "HTTPHandler", "HTTPSHandler"):
         if handler := getattr(urllib.request, kind, None):  # Python may be without TLS
             opener.add_handler(handler())
 
@@ -10591,7 +10578,9 @@ def _poster_of(args: Args) -> Callable[[Sequence[str]], None]:
                             asked = (moment - utc_now()).total_seconds()
                         pause = max(pause, min(float(asked), 300.0))
                     told += answer.read(500).decode(errors="replace").strip()
-            except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a bad proxy
+            except ValueError:  # its text may hold a secret
+                raise _UsageError(f"{shown}, or the proxy of the environment, is no address") from None
+            except (OSError, http.client.HTTPException) as error:
                 told = told or f"{shown} can't be reached: {getattr(error, 'reason', error)}"
             if is_final or not (args.follow or time.monotonic() + pause <= end):
                 raise AuditError(f"{told}; nothing more was sent, and the cursor stays")
@@ -10599,7 +10588,16 @@ def _poster_of(args: Args) -> Callable[[Sequence[str]], None]:
             time.sleep(pause)
             pause = min(pause * 2, 60.0)
 
-    return post
+    def write(rows: Iterable[Row]) -> None:
+        batch, size = list[str](), 0
+        for (line,) in itertools.chain(rows, [("",)]):  # the empty one ends the last batch
+            size += len(line.encode()) + 1
+            if batch and (not line or len(batch) == 500 or size > 2**20):  # receivers have limits
+                post(batch)
+                batch, size = [], len(line.encode()) + 1
+            batch.append(line)
+
+    return write
 
 
 def _export(args: Args, store: Store, what: Filter) -> None:

@@ -212,6 +212,22 @@ def test_post_to_what_is_no_receiver_is_refused_and_shows_no_secret(
     assert "pa55" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("url", "proxy", "told"),
+    [
+        *(("http://a..b/", "", "is no address"), ("http://127.0.0.1/", "http:/pa55", "is no address")),
+        ("http://127.0.0.1/", "ftp://127.0.0.1/pa55", "can't be reached: unknown url type"),
+    ],
+)
+def test_post_to_no_address_and_by_no_proxy_ends_in_words(
+    cli: Cli, log: Path, monkeypatch: pytest.MonkeyPatch, url: str, proxy: str, told: str
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: monkeypatch.setattr(time, "monotonic", lambda: 1e9))
+    done = cli("log", "--db", str(log), "--format", "ecs", "--post", url, http_proxy=proxy, no_proxy="")
+    assert done.returncode in (1, 2) and told in done.stderr
+    assert "pa55" not in done.stderr and "Traceback" not in done.stderr
+
+
 # --- forms
 
 
