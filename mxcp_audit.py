@@ -8954,7 +8954,7 @@ def write_csv(file: TextIO, names: Sequence[str], rows: Iterable[Row], *, raw: b
 
 SHORT_COLUMNS = ("timestamp", "type", "name", "status", "policy_decision", "duration_ms", "caller")
 WIDE_COLUMNS = (*SHORT_COLUMNS, *(c.name for c in COLUMNS[10:-2] if c.name != "context"), "event_id")
-_FIRST_WIDTHS = {"timestamp": 19, "name": 16, "status": 7}  # before anything is known, when following
+_FIRST_WIDTHS = {"timestamp": 19, "name": 16, "status": 7}  # when following, before anything is known
 _STYLES = {"error": "\x1b[31m", "deny": "\x1b[31m", "warn": "\x1b[33m"}
 
 
@@ -8997,7 +8997,7 @@ def write_grid(file: TextIO, heads: Sequence[str], rows: Sequence[Row], *, width
     """Write rows of any values as a table."""
     columns = list(zip(*rows)) or [("",)] * len(heads)
     are_numbers = [all(isinstance(value, (int, float, type(None))) for value in column) for column in columns]
-    for line in _aligned([[*map(_cell, row)] for row in (heads, *rows)], are_numbers, width):
+    for line in _aligned([[*map(_cell, row)] for row in (heads, *rows)], are_numbers, width, None):
         _write(file, line)
 
 
@@ -9010,10 +9010,7 @@ def write_fields(file: TextIO, fields: Mapping[str, object]) -> None:
 
 
 def _aligned(
-    rows: Sequence[Sequence[str]],
-    are_numbers: Sequence[bool],
-    width: int | None,
-    widths: list[int] | None = None,
+    rows: Sequence[Sequence[str]], are_numbers: Sequence[bool], width: int | None, widths: list[int] | None
 ) -> Iterator[str]:
     """Yield rows as lines that fit `width`; `widths` grow to the widest cells."""
     widths = [0] * len(are_numbers) if widths is None else widths
@@ -9028,8 +9025,8 @@ def _aligned(
         excess -= less
     for row in rows:
         cells = (
-            pad(clip(cell, width and size), size, right=is_number)
-            for cell, size, is_number in zip(row, widths, are_numbers)
+            pad(clip(cell, width and size), size, right=right)
+            for cell, size, right in zip(row, widths, are_numbers)
         )
         yield clip("  ".join(cells).rstrip(), width)
 
@@ -9070,7 +9067,7 @@ def write_stats(
     shown = [row[1 + STATS_COLUMNS.index(bar)] or 0 for row in rows]
     block = "█" if takes_unicode(file) else "#"
     are_numbers = [0 < index < count for index in range(len(sizes))]
-    for line, value in zip(_aligned(table, are_numbers, width), [0, *shown]):
+    for line, value in zip(_aligned(table, are_numbers, width, None), [0, *shown]):
         if bars > 3:
             line = pad(line, room - bars) + block * -(-value * bars // max([*shown, 1]))
         _write(file, line.rstrip())
@@ -9572,8 +9569,8 @@ class Importer:
         """Pass over a part that is in the database; count its events in the file."""
         times = [now_ns for now_ns, _ in itertools.islice(file, events)]
         if len(times) == events and max(times) // 1000 != microseconds(last):
-            text = f"{path} begins like a file that was imported before, but goes on differently; "
-            raise StoreError(text + "import the events that are missing as a file of their own")
+            text = f"{path} begins like a file that was imported, but goes on differently; "
+            raise StoreError(text + "import the missing events as a file of their own")
         return len(times)
 
 
@@ -10188,12 +10185,7 @@ file FILE | what `backup` made
 shell {_SHELLS} | which shell
 """
 _SAME_WORDS = {"denied": "deny", "allowed": "allow", "warned": "warn"}
-_MARKS: Mapping[str, Mapping[str, Any]] = {
-    "!": {"required": True},
-    "*": {"action": "append"},
-    "+": {"nargs": "+"},
-    "…": {"nargs": "A..."},  # all that follows
-}
+_MARKS = {"!": ("required", True), "*": ("action", "append"), "+": ("nargs", "+"), "…": ("nargs", "A...")}
 # Options, and what they do not go with; then options with what they need.
 _EXCLUDES = """\
 db config profile
@@ -10237,7 +10229,7 @@ def _add_option(place: Any, line: str, local: bool) -> None:
         elif word.startswith("="):
             settings["default"] = word[1:]
         else:
-            settings |= _MARKS.get(word) or {"metavar": word, "type": value}
+            settings |= [_MARKS[word]] if word in _MARKS else [("metavar", word), ("type", value)]
     if not settings and form.startswith("-"):
         settings["action"] = "store_true"
     place.add_argument(*names, **settings, help=_worded(text))
@@ -10305,7 +10297,7 @@ def version_text() -> str:
 # --- answers
 
 
-def _print(text: str = "") -> None:
+def _print(text: str) -> None:
     write_text(sys.stdout, text)
 
 
