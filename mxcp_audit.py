@@ -9465,7 +9465,7 @@ def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
     return us * 1000, event
 
 
-# --- import: it redacts and encodes like a logger, and asks the ledger what the table has already
+# --- import: it redacts and encodes like a logger, and asks the ledger what is known
 
 PART_EVENTS = 20_000  # arbitrary: of an imported file, in one segment
 _Imported: TypeAlias = tuple[int, dict[str, Any]]  # an event's time in ns, and its values
@@ -10527,7 +10527,7 @@ def _print_lines(rows: Iterable[Row]) -> None:
 
 
 def _poster_of(args: Args) -> _Write:
-    """Return what posts lines until a 2xx comes, with pauses after 429, 5xx and faults."""
+    """Return what posts lines, each batch until a 2xx comes, with pauses after 429, 5xx and faults."""
     import email.utils
     import http.client
     import urllib.request
@@ -10543,10 +10543,8 @@ def _poster_of(args: Args) -> _Write:
         headers[name] = value = os.environ.get(variable, "").strip()
         if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+=[ -~\xa0-\xff]+", f"{name}={value}", re.ASCII):
             raise _UsageError(f"--header {header}: the variable is not set, or no header can be made of this")
-    opener = urllib.request.OpenerDirector()  # a redirect would ask elsewhere, without the events
-    for kind in ("ProxyHandler", "UnknownHandler", "HTTPHandler", "HTTPSHandler"):
-        if handler := getattr(urllib.request, kind, None):  # Python may be without TLS
-            opener.add_handler(handler())
+    opener: Any = urllib.request.build_opener()
+    opener.process_response = {}  # answers as they come: a redirect would ask elsewhere, without the events
 
     def post(lines: Sequence[str]) -> None:
         text = "\n".join(lines) + "\n"
