@@ -8425,8 +8425,8 @@ def _examine_files(report: _Report, database: str, journal: str, others: int) ->
 # === Output ===
 # depends on: Errors, Events, SQL, Engines, Store
 #
-# Rows → what people and programs read. Nothing that was recorded can act on a terminal: what is not
-# printable becomes an escape. Data formats keep the original.
+# Rows → what people and programs read. What is not printable becomes an escape, so that nothing recorded
+# acts on a terminal; data formats keep the original.
 
 # == Text ==
 # depends on: Errors, Events, SQL, Engines
@@ -8449,20 +8449,18 @@ def display_width(text: str) -> int:
     return sum(0 if joined else 1 + (east_asian_width(char) in "WF") for char, joined in zip(text, joins))
 
 
-def fit(text: str, width: int, *, right: bool = False) -> str:
-    """Return the text in exactly `width` cells: padded, or cut with an ellipsis."""
-    if display_width(text) > width:
-        text = _head(text, width - 1) + "…" if width > 0 else ""
+def clip(text: str, width: int | None) -> str:
+    """Return the text in at most `width` cells, cut with an ellipsis."""
+    if width is None or display_width(text) <= width:
+        return text
+    ends = itertools.accumulate(map(display_width, text))  # combining characters stay with their letter
+    return text[: sum(1 for _ in itertools.takewhile(width.__gt__, ends))] + "…" if width > 0 else ""
+
+
+def pad(text: str, width: int, *, right: bool = False) -> str:
+    """Return the text with blanks up to `width` cells."""
     blanks = " " * (width - display_width(text))
     return blanks + text if right else text + blanks
-
-
-def _head(text: str, width: int) -> str:
-    """Return what fits into `width` cells, with the combining characters."""
-    if text[: width + 1].isascii():
-        return text[:width]
-    ends = itertools.accumulate(map(display_width, text))
-    return text[: sum(end <= width for end in ends)]
 
 
 def takes_unicode(file: TextIO) -> bool:
@@ -8483,18 +8481,17 @@ def write_text(file: TextIO, text: str) -> None:
 # --- data: JSON and CSV
 
 
-def json_text(value: object, *, indent: int | None = None, ascii_only: bool = False) -> str:
-    return harmless_json(json.dumps(value, ensure_ascii=False, indent=indent), ascii_only=ascii_only)
+def json_text(value: object, file: TextIO | None = None, indent: int | None = None) -> str:
+    return harmless_json(json.dumps(value, ensure_ascii=False, indent=indent), file)
 
 
-def harmless_json(text: str, *, ascii_only: bool = False) -> str:
-    """Return JSON text with escapes for what is not printable, or no ASCII."""
-    if text.isprintable() and (text.isascii() or not ascii_only):
+def harmless_json(text: str, file: TextIO | None = None) -> str:
+    """Return JSON text with escapes for what is not printable, or not in `file`'s encoding."""
+    takes_all = file is None or takes_unicode(file)
+    if text.isprintable() and (takes_all or text.isascii()):
         return text
-    return "".join(
-        c if c == "\n" or (c.isprintable() and (c.isascii() or not ascii_only)) else json.dumps(c)[1:-1]
-        for c in text
-    )
+    harmful = [c for c in {*text} - {"\n"} if not (c.isprintable() and (takes_all or c.isascii()))]
+    return text.translate({ord(c): json.dumps(c)[1:-1] for c in harmful})
 
 
 def write_json(
@@ -8506,10 +8503,10 @@ def write_json(
     by_line: bool = False,
 ) -> None:
     """Write rows as objects of all or some names: a JSON array, or one a line."""
-    ascii_only, mark = not takes_unicode(file), "["
+    mark = "["
     for row in rows:
         event = dict(zip(names, row))
-        text = json_text({name: event[name] for name in columns or names}, ascii_only=ascii_only)
+        text = json_text({name: event[name] for name in columns or names}, file)
         file.write(text + "\n" if by_line else mark + text)
         mark = ",\n "
     if not by_line:
@@ -8541,8 +8538,7 @@ def write_csv(file: TextIO, names: Sequence[str], rows: Iterable[Row], *, raw: b
 
 SHORT_COLUMNS = ("timestamp", "type", "name", "status", "policy_decision", "duration_ms", "caller")
 WIDE_COLUMNS = (*SHORT_COLUMNS, *(c.name for c in COLUMNS[10:-2] if c.name != "context"), "event_id")
-_HEADERS = {"timestamp": "TIME (UTC)", "policy_decision": "POLICY", "duration_ms": "MS"}
-_FIRST_WIDTHS = {"timestamp": 19, "name": 16, "status": 7}  # before anything is known, when following
+_FIRST_WIDTHS = {"timestamp": 19, "name": 16, "status": 7}  # when following, before anything is known
 _STYLES = {"error": "\x1b[31m", "deny": "\x1b[31m", "warn": "\x1b[33m"}
 
 
@@ -8553,30 +8549,28 @@ def write_events(
     columns: Sequence[str] = SHORT_COLUMNS,
     width: int | None,
     colour: bool,
-    with_reasons: bool = True,
-    with_input: bool = False,
+    below: Sequence[str] = ("reason", "error"),
     local: bool = False,
     widths: list[int] | None = None,
 ) -> None:
-    """Write events as a table; with the same `widths`, first empty, it goes on."""
+    """Write events as a table, some values in lines below; with the same `widths`, first [], it goes on."""
     events = [dict(zip(PUBLIC_COLUMNS, row)) for row in rows]
     cells = [[_cell(event[name], name, local) for name in columns] for event in events]
     if not widths:
-        heads = [_HEADERS.get(column, column.upper()) for column in columns]
-        cells.insert(0, [head.replace("UTC", "local") if local else head for head in heads])
-        events.insert(0, {})
+        zone = "local" if local else "UTC"
+        heads = {"timestamp": f"TIME ({zone})", "policy_decision": "POLICY", "duration_ms": "MS"}
+        events, cells = [{}, *events], [[heads.get(name, name.upper()) for name in columns], *cells]
     if widths == []:
         widths += [_FIRST_WIDTHS.get(column, 0) for column in columns]
     are_numbers = [column in ("duration_ms", "result_bytes") for column in columns]
     for event, line in zip(events, _aligned(cells, are_numbers, width, widths)):
         style = _STYLES.get(event.get("status", "")) or _STYLES.get(event.get("policy_decision", ""))
         _write(file, f"{style}{line}\x1b[0m" if style and colour else line)
-        for label in ("reason", "error") if with_reasons else ():
-            if event.get(label):
-                text = f"    {label}: {printable(event[label])}"
-                _write(file, fit(text, width).rstrip() if width else text)
-        if with_input and event:
-            _write(file, "    " + printable(event["input_json"] or "-"))
+        for name in below if event else ():
+            if name == "input_json":
+                _write(file, "    " + printable(event[name] or "-"))
+            elif event[name]:
+                _write(file, clip(f"    {name}: {printable(event[name])}", width))
 
 
 def summary(shown: int, noun: str, limit: int | None) -> str:
@@ -8587,24 +8581,20 @@ def write_grid(file: TextIO, heads: Sequence[str], rows: Sequence[Row], *, width
     """Write rows of any values as a table."""
     columns = list(zip(*rows)) or [("",)] * len(heads)
     are_numbers = [all(isinstance(value, (int, float, type(None))) for value in column) for column in columns]
-    cells = [[*map(printable, heads)], *([*map(_cell, row)] for row in rows)]
-    for line in _aligned(cells, are_numbers, width):
+    for line in _aligned([[*map(_cell, row)] for row in (heads, *rows)], are_numbers, width, None):
         _write(file, line)
 
 
-def write_fields(file: TextIO, fields: Iterable[tuple[str, str | None]]) -> None:
+def write_fields(file: TextIO, fields: Mapping[str, object]) -> None:
     """Write names and values, a line each; several lines of a value are indented."""
-    for name, value in fields:
-        first, *rest = ["-"] if value is None else value.split("\n")
-        for line in [name, f"  {first}", *(f"  {line}" for line in rest)] if rest else [f"{name:16} {first}"]:
-            _write(file, printable(line).rstrip())
+    for name, value in fields.items():
+        text = "-" if value is None else str(value)
+        indented = f"{name}\n{text}".replace("\n", "\n  ")
+        write_text(file, indented if "\n" in text else f"{name:16} {text}")
 
 
 def _aligned(
-    rows: Sequence[Sequence[str]],
-    are_numbers: Sequence[bool],
-    width: int | None,
-    widths: list[int] | None = None,
+    rows: Sequence[Sequence[str]], are_numbers: Sequence[bool], width: int | None, widths: list[int] | None
 ) -> Iterator[str]:
     """Yield rows as lines that fit `width`; `widths` grow to the widest cells."""
     widths = [0] * len(are_numbers) if widths is None else widths
@@ -8614,16 +8604,15 @@ def _aligned(
         widths[:] = [min(size, 80) for size in widths]
     excess = sum(widths) + 2 * (len(widths) - 1) - width if width else 0
     for index in sorted(range(len(widths)), key=lambda n: -widths[n]):  # texts shrink to a time's 19 cells
-        cut = 0 if are_numbers[index] else max(0, min(excess, widths[index] - 19))
-        widths[index] -= cut
-        excess -= cut
+        less = 0 if are_numbers[index] else max(0, min(excess, widths[index] - 19))
+        widths[index] -= less
+        excess -= less
     for row in rows:
         cells = (
-            fit(cell, size if width else max(size, display_width(cell)), right=is_number)
-            for cell, size, is_number in zip(row, widths, are_numbers)
+            pad(clip(cell, width and size), size, right=right)
+            for cell, size, right in zip(row, widths, are_numbers)
         )
-        line = "  ".join(cells).rstrip()
-        yield fit(line, width).rstrip() if width else line
+        yield clip("  ".join(cells).rstrip(), width)
 
 
 def local_time(text: str) -> str:
@@ -8646,7 +8635,7 @@ def write_stats(
     file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: int | None, local: bool = False
 ) -> None:
     """Write rows of a group's name and STATS_COLUMNS as a table with bars."""
-    heads = [by.upper(), "CALLS", "ERRORS", "DENIED", "P50", "P95", "P99", "MAX MS"]
+    heads = f"{by.upper()},CALLS,ERRORS,DENIED,P50,P95,P99,MAX MS".split(",")
     heads += ["RUNNING"] * any(row[10] for row in rows)
     count, table = len(heads), [[*heads, "FIRST SEEN", "LAST SEEN"]]
     for *numbers, first, last, running in rows:
@@ -8662,9 +8651,9 @@ def write_stats(
     shown = [row[1 + STATS_COLUMNS.index(bar)] or 0 for row in rows]
     block = "█" if takes_unicode(file) else "#"
     are_numbers = [0 < index < count for index in range(len(sizes))]
-    for line, value in zip(_aligned(table, are_numbers, width), [0, *shown]):
+    for line, value in zip(_aligned(table, are_numbers, width, None), [0, *shown]):
         if bars > 3:
-            line = fit(line, room - bars) + block * -(-value * bars // max([*shown, 1]))
+            line = pad(line, room - bars) + block * -(-value * bars // max([*shown, 1]))
         _write(file, line.rstrip())
 
 
@@ -8880,35 +8869,31 @@ FROM (SELECT unnest(generate_series(date_trunc('{{unit}}', min(timestamp)), max(
   LEFT JOIN (SELECT date_trunc('{{unit}}', timestamp) AS b, CASE WHEN policy_decision = 'deny' THEN 'denied'
     WHEN status = 'error' THEN status ELSE 'success' END AS outcome FROM events) USING (b)
 GROUP BY b ORDER BY b"""
-# Each table's title, columns (# marks numbers), and query of `events`.
-_REPORT_TABLES = """\
-Denials: last at,name,user,reason,#calls
+# By title and columns (# marks numbers): queries of `events`.
+_REPORT_TABLES = {
+    "Denials: last at,name,user,reason,#calls": """\
 SELECT max(timestamp)::VARCHAR, name, user_id, reason, count(*)
-FROM events WHERE policy_decision = 'deny' GROUP BY 2, 3, 4 ORDER BY 5 DESC, 2, 3, 4 LIMIT 50
-
-Errors by class: class,#calls,last at,name,example
+FROM events WHERE policy_decision = 'deny' GROUP BY 2, 3, 4 ORDER BY 5 DESC, 2, 3, 4 LIMIT 50""",
+    "Errors by class: class,#calls,last at,name,example": """\
 SELECT coalesce(error_type, nullif(regexp_extract(error, '^([A-Za-z_][A-Za-z0-9_.]*): ', 1), ''), 'unknown'),
   count(*), max(timestamp)::VARCHAR, arg_max(name, timestamp), left(arg_max(error, timestamp), 500)
-FROM events WHERE status = 'error' GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT 50
-
-Slowest calls: #ms,at,name,user,event id
+FROM events WHERE status = 'error' GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT 50""",
+    "Slowest calls: #ms,at,name,user,event id": """\
 SELECT duration_ms, timestamp::VARCHAR, name, user_id, event_id
-FROM events WHERE duration_ms IS NOT NULL ORDER BY duration_ms DESC, timestamp, event_id LIMIT 10
-
-Unfinished calls: at,name,user,error,event id
+FROM events WHERE duration_ms IS NOT NULL ORDER BY duration_ms DESC, timestamp, event_id LIMIT 10""",
+    "Unfinished calls: at,name,user,error,event id": """\
 SELECT timestamp::VARCHAR, name, user_id, left(error, 200), event_id FROM events
-WHERE status = 'error' AND starts_with(error, 'unfinished:') ORDER BY timestamp DESC, event_id LIMIT 50"""
+WHERE status = 'error' AND starts_with(error, 'unfinished:') ORDER BY timestamp DESC, event_id LIMIT 50""",
+}
 
 
 def _html_table(heads: str, rows: Iterable[Sequence[object]]) -> str:
     """Return rows as a table; what comes from the log is escaped."""
     kinds = [' class="n"' if name.startswith("#") else "" for name in heads.split(",")]
-
-    def line(tag: str, cells: Iterable[object]) -> str:
-        return f"<tr>{''.join(f'<{tag}{kind}>{_html(cell)}' for kind, cell in zip(kinds, cells))}</tr>"
-
-    lines = [line("th", heads.replace("#", "").split(",")), *(line("td", row) for row in rows)]
-    return "<table>" + "\n".join(lines) + "</table>"
+    text = "<table>"
+    for tag, *cells in (("th", *heads.replace("#", "").split(",")), *(("td", *row) for row in rows)):
+        text += f"<tr>{''.join(f'<{tag}{kind}>{_html(cell)}' for kind, cell in zip(kinds, cells))}</tr>\n"
+    return text + "</table>"
 
 
 def _html(value: object) -> str:
@@ -8919,7 +8904,7 @@ def _html(value: object) -> str:
 
 
 def _chart(unit: str, buckets: Sequence[tuple[str, int, int, int]]) -> Iterator[str]:
-    """Yield a bar chart of calls a bucket of time, stacked by outcome, as SVG with axes and a legend."""
+    """Yield an SVG chart of calls a bucket of time, stacked by outcome."""
     left, base, height = 55, 200, 180
     top = max(sum(counts) for _, *counts in buckets)
     steps = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
@@ -8938,13 +8923,12 @@ def _chart(unit: str, buckets: Sequence[tuple[str, int, int, int]]) -> Iterator[
         title = ", ".join(f"{count:,} {name}" for count, name in zip(counts, _OUTCOMES))
         yield f"<g><title>{label}: {title}</title>"
         for count, name in zip(counts, _OUTCOMES):
-            tall = height * count / limit
-            y -= tall
+            y -= height * count / limit
             if count:
                 yield f'<rect class="{name}" x="{x:.1f}" y="{y:.1f}" width="{max(bar * 0.85, 0.5):.1f}" '
-                yield f'height="{tall:.1f}"/>'
+                yield f'height="{height * count / limit:.1f}"/>'
         yield "</g>" if number % every else f'</g><text x="{x:.1f}" y="{base + 16}">{label}</text>'
-    for x, name in zip((left, left + 90, left + 180), _OUTCOMES):
+    for x, name in zip(itertools.count(left, 90), _OUTCOMES):
         yield f'<rect class="{name}" x="{x}" y="226" width="12" height="12"/>'
         yield f'<text x="{x + 17}" y="236">{name}</text>'
     yield "</svg>"
@@ -8972,12 +8956,11 @@ def report_html(reading: Reading, what: Filter, facts: Mapping[str, str], *, new
         if any(group is not None for group, *_ in groups):
             title = "Tools, resources and prompts" if by == "name" else f"{by.title()}s"
             yield f"<h2>{title}</h2>{_html_table(heads.format(by), groups)}"
+    tables = {head: ask(sql) for head, sql in _REPORT_TABLES.items()}
     places = [PUBLIC_COLUMNS.index(name) for name in ("timestamp", "name", "user_id", "duration_ms")]
-    tables: dict[str, Sequence[Sequence[Any]]] = {
-        **{head: ask(sql) for head, sql in (text.split("\n", 1) for text in _REPORT_TABLES.split("\n\n"))},
-        "Running calls: since,name,user,#ms": [[row[n] for n in places] for row in reading.running(what)],
-        "Lost events: entered at,#events,reason": reading.losses(),
-    }
+    running = [tuple(row[place] for place in places) for row in reading.running(what)]
+    tables |= {"Running calls: since,name,user,#ms": running}
+    tables |= {"Lost events: entered at,#events,reason": reading.losses()}
     for head, rows in tables.items():
         title, columns = head.split(": ")
         yield f"<h2>{title}</h2>{_html_table(columns, rows) if rows else '<p>none</p>'}"
@@ -8991,7 +8974,7 @@ def report_html(reading: Reading, what: Filter, facts: Mapping[str, str], *, new
 
 
 def prometheus_text(report: Mapping[str, Any], prefix: str = "mxcp_audit") -> Iterator[str]:
-    """Yield the numbers of a report of `doctor` as gauges in the text format of Prometheus."""
+    """Yield the numbers of `doctor` as gauges in the text format of Prometheus."""
     for name, value in report.items():
         metric = f"{prefix}_{name}"
         samples = {"": len(value) if isinstance(value, list) else value}
@@ -9017,10 +9000,9 @@ def ingest_once(settings: Mapping[str, Any], *, wait: float) -> dict[str, Any]:
     told = Diagnostics(silent=True)
     try:
         answer = Store(Config(**settings), diagnostics=told).ingest_for_logger(wait=wait)
-    except AuditError as error:
-        answer = {"done": False, "fault": str(error), "locked": isinstance(error, DatabaseLockedError)}
     except Exception as error:  # whatever it is, the server goes on
-        answer = {"done": False, "fault": f"{type(error).__name__}: {error}"}
+        fault = str(error) if isinstance(error, AuditError) else f"{type(error).__name__}: {error}"
+        answer = {"done": False, "fault": fault, "locked": isinstance(error, DatabaseLockedError)}
     answer |= {"ingested": told.ingested, "rejected": told.rejected, "log": told.untold}
     return {**answer, "cpu": sum(os.times()[:4])}
 
@@ -9036,20 +9018,11 @@ AuditLogger._ingest = staticmethod(ingest_once)
 
 # --- MXCP's own logs
 
-# The arguments of `log_event`, and their names in MXCP 0.1 to 0.3 and in newer ones.
-_MXCP_NAMES = """\
-caller caller caller_type
-event_type type operation_type
-name name operation_name
-input_params input_json input_data
-reason reason policy_reason
-status status operation_status
-duration_ms
-policy_decision
-error
-user_id
-session_id
-trace_id"""
+# Arguments of `log_event`, their names in MXCP 0.1 to 0.3, in newer ones, and those that are the same in all.
+_MXCP_OURS = "caller event_type name input_params reason status"
+_MXCP_OLD = "caller type name input_json reason status"
+_MXCP_NEW = "caller_type operation_type operation_name input_data policy_reason operation_status"
+_MXCP_SAME = "duration_ms policy_decision error user_id session_id trace_id"
 
 
 def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
@@ -9060,10 +9033,9 @@ def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
         if "schema_name" in record and "fields" in record:
             return None
         raise ValueError("no event: it has neither type nor operation_type")
-    event = {}
-    for line_of_names in _MXCP_NAMES.splitlines():
-        name, *names = (line_of_names.split() * 3)[:3]  # one word: the same everywhere
-        event[name] = record.get(names[is_new])
+    names = _MXCP_NEW if is_new else _MXCP_OLD
+    arguments = zip(f"{_MXCP_OURS} {_MXCP_SAME}".split(), f"{names} {_MXCP_SAME}".split())
+    event = {name: record.get(theirs) for name, theirs in arguments}
     if not is_new and isinstance(event["input_params"], str):
         with suppress(ValueError, RecursionError):  # else it is a text
             event["input_params"] = json.loads(event["input_params"])
@@ -9077,28 +9049,36 @@ def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
     return us * 1000, event
 
 
-# --- import: it redacts and encodes like a logger, and asks the ledger what the table has already
+# --- import: it redacts and encodes like a logger, and asks the ledger what is known
 
 PART_EVENTS = 20_000  # arbitrary: of an imported file, in one segment
-PART_BYTES = 32 * 2**20
-_DAY_NS = 86_400 * 10**9
-IMPORT_LINE_BYTES = 64 * 2**20  # arbitrary: a file without line breaks must not take all memory
 _Imported: TypeAlias = tuple[int, dict[str, Any]]  # an event's time in ns, and its values
+
+
+def _lines_of(path: str) -> Iterator[bytes]:
+    """Yield the lines of a file, plain or gzip."""
+    import gzip  # lazily: few need it
+
+    with open(path, "rb") as raw:
+        head = raw.peek(12)
+        if head[8:12] == b"DUCK":
+            raise StoreError(f"{path} is a DuckDB database; read it as it is: log --db {path}")
+        file = cast("IO[bytes]", gzip.open(raw)) if head[:2] == b"\x1f\x8b" else raw
+        for line in iter(lambda: file.readline(2**26), b""):  # there may be no line breaks
+            yield line.removeprefix(codecs.BOM_UTF8).strip()
 
 
 class Importer:
     """Takes MXCP's JSONL logs in: each event once, however often a file is given and however it grew.
 
     A file becomes segments of a day at most, named by their first event's time and a digest of the file up to
-    there: the ledger knows them again in a file that was renamed, compressed or continued.
+    it: the ledger knows them again in a file that was renamed, compressed or continued.
     """
 
-    def __init__(self, config: Config, *, on_bad_line: Callable[[str, int, str], None], wait: float) -> None:
-        self._now_ns = 0
-        self._encoder = Encoder(
-            redactor_of(config), max_input_bytes=config.max_input_bytes, clock=lambda: self._now_ns
-        )
-        self._store, self._on_bad_line, self._wait = Store(config), on_bad_line, wait
+    def __init__(self, config: Config, *, on_bad_line: Callable[[str], None], wait: float) -> None:
+        redactor, limit = redactor_of(config), config.max_input_bytes
+        self._encoder = Encoder(redactor, max_input_bytes=limit, clock=lambda: self._now_ns)
+        self._store, self._on_bad_line, self._wait, self._now_ns = Store(config), on_bad_line, wait, 0
 
     def take(self, path: str) -> tuple[int, int, int]:
         """Import a file; return its numbers of new events, known ones, and bad lines."""
@@ -9108,7 +9088,7 @@ class Importer:
         self._bad = events = ingested = known = 0
         self._digest = hashlib.sha256()
         file = self._read(path)
-        for _, day in itertools.groupby(file, lambda event: event[0] // _DAY_NS):
+        for _, day in itertools.groupby(file, lambda event: event[0] // 86_400_000_000_000):
             for first in day:
                 part = f"{new_segment_id(first[0]).rpartition('-')[0]}-{self._digest.hexdigest()[:8]}"
                 # Parts are ingested one after the other: after a new one, all are new.
@@ -9127,57 +9107,54 @@ class Importer:
         patiently(self._store.ingest, self._wait)
 
     def _read(self, path: str) -> Iterator[_Imported]:
-        """Yield the events. Damage raises OSError, EOFError or zlib.error."""
-        import gzip  # lazily: few need it
+        """Yield the events; report bad lines, and damage, which is the end."""
+        import zlib
 
-        with open(path, "rb") as raw:
-            head = raw.peek(12)
-            if head[8:12] == b"DUCK":
-                raise StoreError(f"{path} is a DuckDB database, no JSONL; read it as it is: log --db {path}")
-            file = cast("IO[bytes]", gzip.open(raw)) if head[:2] == b"\x1f\x8b" else raw
-            for number, line in enumerate(iter(lambda: file.readline(IMPORT_LINE_BYTES), b""), 1):
-                line = line.removeprefix(codecs.BOM_UTF8).strip()
-                try:
-                    found = event_of_mxcp(line) if line else None
-                except ValueError as error:
-                    self._bad += 1
-                    self._on_bad_line(path, number, str(error))
-                    continue
-                if found is not None:
-                    self._digest.update(line)
-                    yield found
+        lines, number = enumerate(_lines_of(path), 1), 0
+        while True:
+            try:
+                number, line = next(lines)
+                event = event_of_mxcp(line) if line else None
+            except StopIteration:
+                return
+            except (ValueError, OSError, EOFError, zlib.error) as error:
+                self._bad += 1
+                self._on_bad_line(f"{path}:{number}: {getattr(error, 'strerror', None) or error}")
+                continue
+            if event is not None:
+                self._digest.update(line)
+                yield event
 
     def _write(self, part: str, events: Iterator[_Imported]) -> int:
-        """Write a part into the journal, what precedes damage too; count its events."""
+        """Write a part into the journal; count its events."""
+        encoder, lines, size = self._encoder, list[bytes](), 0
+        for self._now_ns, values in events:
+            echoes: list[str] = []
+            text = encoder.input_json(values.pop("input_params"), values["name"], None, echoes)
+            line = encoder.line(**values, input_json=text, echoes=echoes)
+            lines.append(finish_line(line, len(lines) + 1))
+            size += len(lines[-1])
+            if len(lines) == PART_EVENTS or size >= 2**25:
+                break
         try:
             segment = self._store.journal.open_segment(named=part)
-        except FileExistsError as error:
-            raise StoreError(f"{part} is being imported by another process; try again later") from error
-        encoder, lines, size = self._encoder, list[bytes](), 0
-        try:
-            for self._now_ns, values in events:
-                echoes: list[str] = []
-                text = encoder.input_json(values.pop("input_params"), values["name"], None, echoes)
-                line = encoder.line(**values, input_json=text, echoes=echoes)
-                lines.append(finish_line(line, len(lines) + 1))
-                size += len(lines[-1])
-                if len(lines) == PART_EVENTS or size >= PART_BYTES:
-                    break
-        finally:
             try:
                 segment.append(b"".join(lines), len(lines))
-            except OSError as error:
-                raise JournalError(f"can't be written: {error.strerror}", path=segment.path) from error
             finally:
                 segment.seal()
+        except FileExistsError as error:
+            raise StoreError(f"{part} is being imported by another process; try again later") from error
+        except OSError as error:
+            where = self._store.journal.directory
+            raise JournalError(f"can't be written: {error.strerror}", path=where) from error
         return len(lines)
 
     def _skip(self, path: str, file: Iterator[_Imported], events: int, last: str) -> int:
         """Pass over a part that is in the database; count its events in the file."""
         times = [now_ns for now_ns, _ in itertools.islice(file, events)]
         if len(times) == events and max(times) // 1000 != microseconds(last):
-            text = f"{path} begins like a file that was imported before, but goes on differently; "
-            raise StoreError(text + "import the events that are missing as a file of their own")
+            text = f"{path} begins like a file that was imported, but goes on differently; "
+            raise StoreError(text + "import the missing events as a file of their own")
         return len(times)
 
 
@@ -9503,8 +9480,8 @@ def end_like(code: int) -> int:
 #
 # One table says what each command is for and takes; its `cmd_…` does it and returns an exit status.
 
-Options: TypeAlias = "argparse.Namespace"
-EXIT_FAILED, EXIT_USAGE, EXIT_LOCKED = 1, 2, 75  # 75 is EX_TEMPFAIL of sysexits.h: try again later
+Args: TypeAlias = "argparse.Namespace"
+EXIT_FAILED, EXIT_USAGE, EXIT_LOCKED = 1, 2, 75  # 75 is EX_TEMPFAIL of sysexits.h
 
 
 class _UsageError(AuditError):
@@ -9522,23 +9499,15 @@ def parse_time(text: str, *, now: datetime.datetime | None = None, local: bool =
     """Return a duration before now, or an ISO date or time (UTC unless `local`), as naive UTC text."""
     now = (now or utc_now()).astimezone(None if local else datetime.timezone.utc)
     day = f"{now - datetime.timedelta(days=text == 'yesterday'):%Y-%m-%d}"
-    if text in ("today", "yesterday"):
-        text = day
-    elif re.match(r"\d\d:\d\d", text):
-        text = f"{day}T{text}"
+    given = re.sub(r"^(?=\d\d:\d\d)", f"{day}T", day if text in ("today", "yesterday") else text)
     try:
-        if re.match(r"\d{4}-", text):
-            return sql_time(parse_iso(text, local=local))
-        return sql_time(now - datetime.timedelta(seconds=parse_duration(re.sub(r"(?<=\d)min\b", "m", text))))
+        if re.match(r"\d{4}-", given):
+            return sql_time(parse_iso(given, local=local))
+        seconds = parse_duration(re.sub(r"(?<=\d)min\b", "m", text))
+        return sql_time(now - datetime.timedelta(seconds=seconds))
     except (ValueError, OverflowError):
         examples = "10m, 2h, 1d, 1h30m, today, 15:00, 2026-01-31 or 2026-01-31T12:00:00Z"
         raise ValueError(f"{text!r} is neither a duration nor a time: write {examples}") from None
-
-
-_NUMBERS: Mapping[str, tuple[type, str, str]] = {
-    "N": (int, "0*[1-9][0-9]{,17}", "whole number above 0"),
-    "SECONDS": (float, r"[0-9]{1,5}(\.[0-9]*)?", "number of seconds below 100000"),
-}
 
 
 def _value(metavar: str, text: str, *, local: bool) -> Any:
@@ -9550,11 +9519,14 @@ def _value(metavar: str, text: str, *, local: bool) -> Any:
         raise ValueError(f"{text!r} is no UTF-8")
     elif metavar == "WHEN":
         return parse_time(text, local=local)
-    elif metavar in _NUMBERS:
-        kind, form, meaning = _NUMBERS[metavar]
-        if not re.fullmatch(form, text):
-            raise ValueError(f"{text!r} is no {meaning}")
-        return kind(text)
+    elif metavar == "N":
+        if re.fullmatch("0*[1-9][0-9]{,17}", text):
+            return int(text)
+        raise ValueError(f"{text!r} is no whole number above 0")
+    elif metavar == "SECONDS":
+        if re.fullmatch(r"[0-9]{1,5}(\.[0-9]*)?", text):
+            return float(text)
+        raise ValueError(f"{text!r} is no number of seconds below 100000")
     elif metavar == "A,B,...":
         names = dict.fromkeys(map(str.strip, text.split(",")))
         for name in names.keys() - set(PUBLIC_COLUMNS):
@@ -9563,25 +9535,25 @@ def _value(metavar: str, text: str, *, local: bool) -> Any:
     return text
 
 
-# --- the options: one table, of which the parser, its help and the completion are made, and docs/cli.md
+# --- the options: a table, of which the parser, its help, the completion and docs/cli.md are made
 
 # `@` begins a command, with one line about it; then come more about it, examples (`>`), groups (`[…]`, or `&`
-# for those of another) and options: names, metavar or {constant} of choices, `=` a default, _MARKS, the help.
+# for another's) and options: names, metavar or {constant} of choices, `=` a default, _MARKS, the help.
 _OPTIONS = """
 &common
 [which log]
 --config FILE | the site file (default: mxcp-site.yml here or above)
 --profile NAME | the profile (default: MXCP_PROFILE, or the site file's)
---db TARGET | a database, without any site file
+--db TARGET | a database; no site file is read
 []
---debug | show tracebacks and what is going on
+--debug | show tracebacks and what goes on
 
 &times
---utc | times are UTC (the default), as in JSON, exports and groups of `stats` always
---local | times are those of this machine's time zone
+--utc | times are UTC (the default); in JSON, exports and groups of `stats` always
+--local | times are of this machine's time zone
 
 &waiting
---wait SECONDS =5.0 | how long to try again while another process holds the database (default: 5)
+--wait SECONDS =5.0 | how long to try while another process holds the database (default: 5)
 
 &filters
 [which events (all must hold; * in a name is any text)]
@@ -9592,8 +9564,8 @@ _OPTIONS = """
 --policy {POLICY_DECISIONS} | with this decision (denied means deny)
 --status {STATUSES} | that ended so
 --since WHEN | 10s 10m 2h 1d 1w 1h30m ago, today, yesterday, 15:00, or an ISO date or time
---until WHEN | before such a time
---caller NAME | from this caller: http, stdio, cli ...
+--until WHEN | before that
+--caller NAME | from this caller: http, stdio, cli
 --user ID | by this user
 --session ID | in this session
 --trace ID | in this trace
@@ -9601,25 +9573,25 @@ _OPTIONS = """
 --agent ID | by this OAuth client
 --address ADDRESS | from this address
 --server NAME | on this server
---error-type NAME | that failed with this class of exception or JSON-RPC code
---event ID | the one with this event_id
+--error-type NAME | that failed with this exception class or JSON-RPC code
+--event ID | with this event_id
 --grep TEXT | with this text in name, input, error or reason, in any case
---min-ms N | that took N milliseconds or longer
+--min-ms N | that took at least N milliseconds
 
-@log show, follow, filter and export events, from the database and from the journal of running servers
+@log show, follow, filter and export events, those of running servers too
 > log --tool 'user_*' --grep timeout --input
 > log --policy denied --since 7d --export denied.csv
 &filters
 [what is shown]
 &times
 -n --limit N | at most N events (default: 100)
---running | the calls that run on this host instead, longest first; MS is for how long
+--running | calls that run on this host instead, longest first; MS is how long
 --oldest-first | the oldest events, oldest first
 --json | JSON; with -f an object a line
 --columns A,B,... | these of: {PUBLIC_COLUMNS}
 --wide | more columns, nothing cut to the terminal
 --input | the redacted input under each event
--f --follow | new events as they happen; past ones first with --limit or --since
+-f --follow | new events as they happen; with --limit or --since past ones first
 [export]
 --export FILE | write every match (or --limit) with all columns, as the extension says: {EXPORT_FORMATS}; \
 - is standard output
@@ -9627,37 +9599,37 @@ _OPTIONS = """
 --cursor-file FILE | print what is new since the last run with this file
 --post URL | send the lines there, in batches
 --header NAME=VARIABLE * | of --post: a header from an environment variable
---raw | no apostrophe in CSV before what a spreadsheet takes for a formula
---bom | begin CSV with a byte order mark: for Excel
+--raw | no apostrophe in CSV before formulas
+--bom | begin CSV with a byte order mark, for Excel
 
 @show show one event in full
 > show 1f2e3d4c:17 --around 5
-event EVENT_ID | as log --wide shows it, or a part that tells: 1f2e3d4c:17
---around N | a table of N events of its session before it, the event, and N after it
+event EVENT_ID | as log --wide shows it, or a part of it: 1f2e3d4c:17
+--around N | a table of it with N events of its session before and after
 &times
 --json | JSON
 
 @stats count calls, errors and denials; find what is slow
-A line for each group of events; P50, P95, P99 and MAX are milliseconds.
+A line a group; P50, P95, P99 and MAX are milliseconds.
 > stats --type tool --sort p95
 &filters
 [what is shown]
 &times
 --by {STATS_BY} =name | what makes a group (default: name)
---sort {_SORTS} =calls | what is largest first, and what bars show (default: calls); not for hours and days
+--sort {_SORTS} =calls | largest first, and as bars (default: calls); hours and days by time
 -n --limit N =100 | at most N groups (default: 100)
 --json | JSON
 
 @sql ask in SQL, read-only
-Run one SELECT of DuckDB over the view `logs`, which has every event with the columns {PUBLIC_COLUMNS}. \
+Run one SELECT of DuckDB over the view `logs`: every event, with the columns {PUBLIC_COLUMNS}. \
 It can write nothing and read nothing else.
 > sql "SELECT name, avg(duration_ms) FROM logs WHERE type = 'tool' GROUP BY name"
-statement SELECT | the statement; - reads it from standard input
+statement SELECT | the statement; - is standard input
 --json | JSON
 --csv | CSV
---raw | no apostrophe in CSV before what a spreadsheet takes for a formula
+--raw | no apostrophe in CSV before formulas
 
-@config show the settings that hold, and who set them
+@config show the settings that hold, and their sources
 > config --profile production
 --json | JSON
 
@@ -9667,7 +9639,7 @@ Read JSON on standard input. Without a site file the default rules hold.
 --tool NAME | as the input of this tool
 --json | JSON
 
-@ingest move what no running server writes from the journal into the database
+@ingest move what ended servers left in the journal into the database
 > ingest
 
 @doctor say how the log is doing, and what to do about it
@@ -9683,67 +9655,62 @@ Read JSON on standard input. Without a site file the default rules hold.
 -n --limit N | the newest N events in full (default: 100)
 
 @import take in MXCP's own JSONL logs
-Any version, plain or gzip. A log that grew can be given again: nothing is imported twice.
+Any version, plain or gzip. Nothing is imported twice: a log that grew can be given again.
 > import logs-2025.jsonl.gz logs-2026.jsonl
 files FILE + | a JSONL log of MXCP's
 
 @wrap run any stdio MCP server and record what it executes
 COMMAND talks over standard input and output, in any language.
 > wrap -- npx -y @modelcontextprotocol/server-everything
---strict | refuse each call that can't be recorded (default: as the site file says)
-server COMMAND … | the server's command with its arguments, behind --
+--strict | refuse calls that can't be recorded (default: as the site file says)
+server COMMAND … | the server's command and arguments, behind --
 
 @verify prove that nothing was changed, removed or inserted
 Recompute the ledger from the events.
 > verify --checkpoint heads.json
 &times
 --json | JSON
---since WHEN | recompute segments with events since then only
---checkpoint FILE | what `checkpoint` printed: nothing up to there may be missing
---signed-by FILE | it must be signed by one of these allowed signers of OpenSSH
+--since WHEN | recompute only segments with events since then
+--checkpoint FILE | what `checkpoint` printed; nothing up to it may be missing
+--signed-by FILE | allowed signers of OpenSSH; one must have signed it
 
 @checkpoint print where the ledger ends, to be kept elsewhere
-Kept out of reach of who can write the database, it lets `verify --checkpoint FILE` tell whether \
-anything up to it was cut off or rewritten.
+Kept out of reach of the database's writers, it lets `verify --checkpoint FILE` tell whether anything \
+up to it was cut off or rewritten.
 > checkpoint --sign ~/.ssh/id_ed25519 > heads.json
 --sign KEY | sign it with a private key of OpenSSH
 
-@prove print what shows somebody else that one event is in the log
-With a checkpoint made since, it can be checked without the log, by tools/verify_independently.py.
+@prove print what proves to others that an event is in the log
+With a later checkpoint, tools/verify_independently.py checks it without the log.
 > prove EVENT_ID > proof.json
 event EVENT_ID | as log --wide shows it
 
 @purge delete old events, so that the rest still verifies
-Delete every segment whose last event is older, and enter into the ledger what went.
+Delete segments whose last event is older; the ledger says what went.
 > purge --older-than 90d --archive archive
 &times
 --older-than WHEN ! | 90d, or before an ISO date or time
 --dry-run | say what would go
---archive DIR | write what goes as Parquet into DIR first
+--archive DIR | first write what goes into DIR, as Parquet
 
 @backup copy the log while the server runs
 > backup copy.duckdb
 file FILE | a new file; nothing is overwritten
 
 @restore put a backup back, without losing what came after it
-The backup takes the place of the database; what only the database holds is added.
+The backup replaces the database; what only the database holds is added.
 > restore copy.duckdb
 file FILE | what `backup` made
 
 @compact give the space of purged events back to the file system
 > compact
 
-@completion print what makes a shell complete this program's words
+@completion print a script that completes words in a shell
 > completion bash > ~/.local/share/bash-completion/completions/mxcp-audit
 shell {_SHELLS} | which shell
 """
 _SAME_WORDS = {"denied": "deny", "allowed": "allow", "warned": "warn"}
-_MARKS: Mapping[str, Mapping[str, Any]] = {
-    "!": {"required": True},
-    "*": {"action": "append"},
-    "+": {"nargs": "+"},
-    "…": {"nargs": "A..."},  # all that follows
-}
+_MARKS = {"!": ("required", True), "*": ("action", "append"), "+": ("nargs", "+"), "…": ("nargs", "A...")}
 # Options, and what they do not go with; then options with what they need.
 _EXCLUDES = """\
 db config profile
@@ -9778,8 +9745,7 @@ def _add_option(place: Any, line: str, local: bool) -> None:
             raise argparse.ArgumentTypeError(str(error)) from None
 
     form, _, text = line.partition(" | ")
-    names: list[str] = []
-    settings: dict[str, Any] = {}
+    names, settings = list[str](), dict[str, Any]()
     for word in form.split(" "):
         if word.startswith("-") or not names:
             names.append(word)
@@ -9788,14 +9754,14 @@ def _add_option(place: Any, line: str, local: bool) -> None:
         elif word.startswith("="):
             settings["default"] = word[1:]
         else:
-            settings |= _MARKS.get(word) or {"metavar": word, "type": value}
+            settings |= [_MARKS[word]] if word in _MARKS else [("metavar", word), ("type", value)]
     if not settings and form.startswith("-"):
         settings["action"] = "store_true"
     place.add_argument(*names, **settings, help=_worded(text))
 
 
 def build_parser(*, local: bool = False) -> argparse.ArgumentParser:
-    """Return the parser that _OPTIONS describes, for `local` or UTC times; wrong usage raises _UsageError."""
+    """Return the parser that _OPTIONS describes, for `local` or UTC times."""
     import argparse
     import textwrap
 
@@ -9821,33 +9787,30 @@ def build_parser(*, local: bool = False) -> argparse.ArgumentParser:
         examples = "".join(f"\n  mxcp-audit {line[2:]}" for line in lines if line[0] == ">")
         about, examples = textwrap.fill(about, 78), f"examples:{examples}\n"
         command = commands.add_parser(name[1:], **form, help=brief, description=about, epilog=examples)
-        if name not in ("@config", "@redact", "@wrap", "@completion"):  # they open no database
-            lines.insert(0, "&waiting")
-        if name != "@completion":
-            lines.insert(0, "&common")
+        opens_database = name not in ("@config", "@redact", "@wrap", "@completion")
+        lines = ["&common"] * (name != "@completion") + ["&waiting"] * opens_database + lines
         place: Any = command
         for line in itertools.chain.from_iterable(blocks.get(line, ["", line])[1:] for line in lines):
             if line[0] == "[":
                 place = command.add_argument_group(line[1:-1]) if line != "[]" else command
             elif line[0] != ">":
                 _add_option(place, line, local)
-        command.set_defaults(run=globals()[f"cmd_{name[1:]}"])
     return parser
 
 
-def _check_options(options: Options) -> None:
-    values = {name.replace("_", "-"): value for name, value in vars(options).items()}
-    given = {name for name, value in values.items() if value not in (None, False)}
+def _check_options(args: Args) -> None:
+    given = {name.replace("_", "-"): value not in (None, False) for name, value in vars(args).items()}
     for name, *others in map(str.split, _EXCLUDES.splitlines()):
-        if name in given and (clash := given.intersection(others)):
-            raise _UsageError(f"--{name} does not go with --{clash.pop()}")
+        for other in others:
+            if given.get(name) and given.get(other):
+                raise _UsageError(f"--{name} does not go with --{other}")
     for name, other in map(str.split, _NEEDS.split(", ")):
-        if name in given and other in values and other not in given:
+        if given.get(name) and not given.get(other, True):
             raise _UsageError(f"--{name} needs --{other}")
 
 
 def version_text() -> str:
-    """Return the version, the journal's format and what this very file is, so that an edited copy shows."""
+    """Return the version, the journal's format and this file's digest, which shows an edited copy."""
     import hashlib
 
     digest = "unknown"
@@ -9856,15 +9819,15 @@ def version_text() -> str:
     return f"mxcp_audit {__version__}, journal format {JOURNAL_FORMAT}, file {digest}"
 
 
-# --- answers: to standard output; all else to standard error
+# --- answers
 
 
-def _print(text: str = "") -> None:
+def _print(text: str) -> None:
     write_text(sys.stdout, text)
 
 
 def _print_json(value: object, indent: int | None = 2) -> None:
-    _print(json_text(value, indent=indent, ascii_only=not takes_unicode(sys.stdout)))
+    _print(json_text(value, sys.stdout, indent))
 
 
 def _say(text: str) -> None:
@@ -9879,15 +9842,14 @@ def _progress(done: int, total: int | None = None) -> None:
             print(f"\r{text}\x1b[K", end="\n" * (done == total), file=sys.stderr, flush=True)
 
 
-def _terminal() -> tuple[int | None, bool]:
+def _terminal(*, wide: bool = False) -> dict[str, Any]:
     """Return the width to fit to, None for a pipe, and whether to use colour (no-color.org)."""
-    is_terminal = sys.stdout.isatty()
-    if not is_terminal and not os.environ.get("COLUMNS"):
-        return None, False
-    import shutil
+    is_terminal, width = sys.stdout.isatty(), None
+    if (is_terminal or os.environ.get("COLUMNS")) and not wide:
+        import shutil
 
-    colour = is_terminal and not os.environ.get("NO_COLOR")
-    return max(40, min(shutil.get_terminal_size().columns, 999)), colour
+        width = max(40, min(shutil.get_terminal_size().columns, 999))
+    return {"width": width, "colour": is_terminal and not os.environ.get("NO_COLOR")}
 
 
 # --- what several commands ask for
@@ -9900,16 +9862,15 @@ def _standard_input() -> str:
         raise _UsageError(f"standard input can't be read as text: {error}") from error
 
 
-def _config_of(options: Options) -> Config:
-    if options.db is None:
-        return load_config(config=options.config, profile=options.profile)
-    # Of a target that is no file: the default profile's, here.
-    journal = "logs-default.journal" if is_attach_target(options.db) else None
-    return config_from_arguments(path=options.db, journal=journal)
+def _config_of(args: Args) -> Config:
+    if args.db is None:
+        return load_config(config=args.config, profile=args.profile)
+    journal = "logs-default.journal" if is_attach_target(args.db) else None  # the default profile's, here
+    return config_from_arguments(path=args.db, journal=journal)
 
 
-def _store_of(options: Options, opener: Callable[..., Engine] = open_engine) -> Store:
-    config = _config_of(options)
+def _store_of(args: Args, opener: Callable[..., Engine] = open_engine) -> Store:
+    config = _config_of(args)
     if not config.enabled and not is_attach_target(config.path) and not os.path.exists(config.path):
         remedy = f"set `enabled: true` in its `audit` section of {config.site_file}"
         raise _UsageError(f"audit logging is not enabled for profile {config.profile!r}; {remedy}")
@@ -9917,20 +9878,20 @@ def _store_of(options: Options, opener: Callable[..., Engine] = open_engine) -> 
 
 
 @contextlib.contextmanager
-def _whole_log(store: Store, options: Options) -> Iterator[Reading]:
+def _whole_log(store: Store, args: Args) -> Iterator[Reading]:
     """Open the whole log, or raise: half of it must not look like all."""
-    with store.reading(wait=options.wait) as reading:
+    with store.reading(wait=args.wait) as reading:
         if reading.problem is not None:
             raise reading.problem
         yield reading
 
 
-def _filter_of(options: Options) -> Filter:
-    if options.since and options.until and options.until <= options.since:
+def _filter_of(args: Args) -> Filter:
+    if args.since and args.until and args.until <= args.since:
         raise _UsageError("--until is not after --since, so nothing can match")
-    if options.event is not None:
-        parse_event_id(options.event)
-    fields = {**vars(options), "event_type": options.type, "event_id": options.event, "text": options.grep}
+    if args.event is not None:
+        parse_event_id(args.event)
+    fields = {**vars(args), "event_type": args.type, "event_id": args.event, "text": args.grep}
     fields |= {f"{name}s": tuple(fields[name] or ()) for name in EVENT_TYPES}
     return Filter(**{name: fields[name] for name in Filter._fields if fields[name] is not None})
 
@@ -9942,69 +9903,64 @@ def _write_whole(path: str, text: str) -> None:
         raise AuditError(f"{path} can't be written: {error.strerror}") from error
 
 
-def cmd_log(options: Options) -> int | None:
-    what, store = _filter_of(options), _store_of(options)
-    if options.export or options.format or options.follow:
-        (_export if options.export else _stream)(options, store, what)
-        return None
-    count = options.limit or 100
-    with store.reading(wait=options.wait) as reading:
-        rows: Iterable[Row]
-        if options.running:
-            rows = reading.running(what, count=count)
-        else:
-            rows = reading.rows(what, count=count, oldest_first=options.oldest_first)
-        write = _event_writer(options)
-        if options.json:
-            write(rows)
-        else:
-            shown = list(rows)
-            write(shown)
-            sys.stdout.flush()
-            _say(summary(len(shown), "event", count))
-        if problem := reading.problem:
-            _say(f"only events of the journal are shown: {problem}")
-            return EXIT_LOCKED if isinstance(problem, DatabaseLockedError) else EXIT_FAILED
-        if lost := sum(count for count, _ in store.losses(reading)):
-            _say(f"{counted(lost, 'event')} lost in the last 30 days: see `doctor`")
-    return None
+_Write: TypeAlias = Callable[[Any], None]  # of rows
 
 
-def _event_writer(options: Options) -> Callable[..., None]:
-    """Return what writes events as JSON or a table, and more of it when it is called again to follow."""
-    if options.json:
-        return functools.partial(write_json, sys.stdout, columns=options.columns, by_line=options.follow)
-    width, colour = _terminal()
-    return functools.partial(
+def cmd_log(args: Args) -> None:
+    what, store, count = _filter_of(args), _store_of(args), args.limit or 100
+    if args.export:
+        _export(args, store, what)
+        return
+    columns = ""
+    write: _Write = functools.partial(
         write_events,
         sys.stdout,
-        columns=options.columns or (WIDE_COLUMNS if options.wide else SHORT_COLUMNS),
-        width=None if options.wide else width,
-        colour=colour,
-        with_reasons=options.columns is None,
-        with_input=options.input,
-        local=options.local,
-        widths=[] if options.follow else None,
+        columns=args.columns or (WIDE_COLUMNS if args.wide else SHORT_COLUMNS),
+        below=("reason", "error") * (not args.columns) + ("input_json",) * args.input,
+        local=args.local,
+        widths=[] if args.follow else None,
+        **_terminal(wide=args.wide),
     )
+    if args.json:
+        write = functools.partial(write_json, sys.stdout, columns=args.columns, by_line=args.follow)
+    elif args.format:
+        if args.format not in STREAM_FORMS:
+            raise _UsageError(f"--format {args.format} needs --export; else: {', '.join(STREAM_FORMS)}")
+        columns = f"{form_sql(args.format)} AS line"
+        write = _print_lines if args.post is None else _poster_of(args)
+    if args.follow or args.cursor_file:
+        _follow(args, store, what, columns, write)
+        return
+    with store.reading(wait=args.wait) as reading:
+        problem = reading.problem
+        if problem and args.format:
+            raise problem
+        rows: Iterable[Row]
+        if args.running:
+            rows = reading.running(what, count=count)
+        else:
+            rows = reading.rows(what, count=count, oldest_first=args.oldest_first, columns=columns)
+        if args.json or args.format:
+            write(rows)
+        else:
+            rows = [*rows]
+            write(rows)
+            sys.stdout.flush()
+            _say(summary(len(rows), "event", count))
+        if problem:
+            _say("only events of the journal are shown")
+            raise problem
+        if lost := sum(count for count, _ in store.losses(reading)):
+            _say(f"{counted(lost, 'event')} lost in the last 30 days: see `doctor`")
 
 
-def _stream(options: Options, store: Store, what: Filter) -> None:
-    """Show events in a form; or new ones, or those since a cursor, which moves when they are written."""
-    columns, place, wait = "", options.cursor_file, 0 if options.follow else options.wait
-    if options.format:
-        if options.format not in STREAM_FORMS:
-            raise _UsageError(f"--format {options.format} needs --export; else: {', '.join(STREAM_FORMS)}")
-        columns = f"{form_sql(options.format)} AS line, {EVENT_ID} AS event_id"
-        write = _line_writer(options)
-        if not (place or options.follow):
-            count, order = options.limit or 100, options.oldest_first
-            with _whole_log(store, options) as reading:
-                write(reading.rows(what, count=count, oldest_first=order, columns=columns))
-            return
+def _follow(args: Args, store: Store, what: Filter, columns: str, write: _Write) -> None:
+    """Write new events, or those since a cursor, which moves when they are written."""
+    place, wait = args.cursor_file, 0 if args.follow else args.wait
     follower = Follower(store, what, columns, _read_cursor(place) if place else None)
-    past = [] if place else _past(options, store, what, follower, columns)
-    if not options.format:
-        write = _table_writer(options, follower)
+    past = [] if place else _past(args, store, what, follower, columns)
+    if not (args.format or args.json):
+        write = _with_running(write, follower)
     told = saved = ""
     with contextlib.closing(follower):
         while True:
@@ -10013,7 +9969,7 @@ def _stream(options: Options, store: Store, what: Filter) -> None:
                 fresh, past = past or follower.look(wait=wait), []
                 write(fresh)
             except (JournalError, StoreError) as error:
-                if not options.follow:
+                if not args.follow:
                     raise
                 if str(error) != told:
                     told = str(error)
@@ -10023,52 +9979,50 @@ def _stream(options: Options, store: Store, what: Filter) -> None:
                 if place and reached != saved:
                     _write_whole(place, reached + "\n")
                     saved = reached
-                if not (options.follow or fresh or follower.is_behind):
+                if not (args.follow or fresh or follower.is_behind):
                     return
             sys.stdout.flush()
-            if options.follow and not follower.is_behind:
+            if args.follow and not follower.is_behind:
                 pause = min(0.4, max(0.1, 100 * (time.monotonic() - begun)))  # 1 % of a core
                 if _reader_is_gone(sys.stdout.fileno(), pause):
                     raise BrokenPipeError
 
 
-def _past(options: Options, store: Store, what: Filter, follower: Follower, columns: str) -> list[Row]:
+def _past(args: Args, store: Store, what: Filter, follower: Follower, columns: str) -> list[Row]:
     """Let a follower begin now, and return what is wanted of the past, oldest first."""
     past: list[Row] = []
     try:
-        with store.reading(wait=options.wait) as reading:
+        with store.reading(wait=args.wait) as reading:
             follower.start(reading)
             if reading.problem is not None:
                 _say(f"only events of the journal are shown until this is over: {reading.problem}")
-            if options.limit or options.since:
-                past = [*reading.rows(what, count=options.limit or 100, columns=columns)]
+            if args.limit or args.since:
+                past = [*reading.rows(what, count=args.limit or 100, columns=columns)]
     except DatabaseNotFoundError:
         _say(f"there is no log at {store.target.name} yet; waiting for the first event")
     return past[::-1]
 
 
-def _table_writer(options: Options, follower: Follower) -> Callable[[Iterable[Row]], None]:
-    """Return what shows rows as JSON, or as a table; on a terminal the running calls stay below it."""
-    write, is_terminal, width = _event_writer(options), sys.stdout.isatty(), _terminal()[0] or 200
-    if options.json:
-        return write
+def _with_running(write: _Write, follower: Follower) -> _Write:
+    """Return what writes rows and the running calls, which stay below them on a terminal."""
+    is_terminal, width = sys.stdout.isatty(), _terminal()["width"] or 200
     due, below = 0.0, list[str]()
 
-    def show(rows: Iterable[Row]) -> None:
+    def show(rows: Sequence[Row]) -> None:
         nonlocal due, below
         running = below
         if is_terminal:
             sys.stdout.write("\x1b[1F\x1b[2K" * len(below))
             below = []
         if rows:
-            write(list(rows))
+            write(rows)
         if time.monotonic() >= due:
             due, running = time.monotonic() + 1, []
             for row in follower.running():
                 call = dict(zip(PUBLIC_COLUMNS, row))
                 passed = f", {int(call['duration_ms']) // 1000} s" if is_terminal else ""
                 text = f"running since {call['timestamp']}{passed}: {call['type']} {call['name']}"
-                running.append(fit(printable(text), width).rstrip())
+                running.append(clip(printable(text), width))
         for line in running:
             if line not in below:
                 _print(line)
@@ -10091,75 +10045,39 @@ def _read_cursor(path: str) -> dict[str, Any]:
         raise _UsageError(f"{path} is no cursor of ours ({error}); to begin anew, remove it") from error
 
 
-_POST_LINES = 500  # of a batch
-_POST_BYTES = 2**20  # of several lines: receivers have limits
-_POST_SECONDS = 60.0  # without --follow: how long a receiver may say no
+def _print_lines(rows: Iterable[Row]) -> None:
+    for (line,) in rows:
+        print(harmless_json(line, sys.stdout))
+    sys.stdout.flush()
 
 
-def _line_writer(options: Options) -> Callable[[Iterable[Row]], None]:
-    """Return what prints the lines that rows begin with, or posts them, in batches that receivers take."""
-    ascii_only = not takes_unicode(sys.stdout)
-
-    def print_lines(lines: Sequence[str]) -> None:
-        print("\n".join(harmless_json(line, ascii_only=ascii_only) for line in lines), flush=True)
-
-    send = print_lines if options.post is None else _poster_of(options)
-
-    def write(rows: Iterable[Row]) -> None:
-        batch: list[str] = []
-        size = 0
-        for line, _ in rows:
-            size += len(line.encode()) + 1
-            if batch and (len(batch) == _POST_LINES or size > _POST_BYTES):
-                send(batch)
-                batch, size = [], len(line.encode()) + 1
-            batch.append(line)
-        if batch:
-            send(batch)
-
-    return write
-
-
-def _poster_of(options: Options) -> Callable[[Sequence[str]], None]:
-    """Return what posts lines until a 2xx comes, with pauses after 429, 5xx and faults."""
+def _poster_of(args: Args) -> _Write:
+    """Return what posts lines, each batch until a 2xx comes, with pauses after 429, 5xx and faults."""
     import email.utils
     import http.client
     import urllib.request
 
-    class AsItComes(urllib.request.HTTPErrorProcessor):  # a redirect would ask elsewhere, without the events
-        def http_response(self, request: Any, response: Any) -> Any:
-            return response
-
-        https_response = http_response
-
     url = r"(https?://(?:[\w.-]+|\[[\w:.%]+])(?::([0-9]{1,5}))?)([/?#][!-~]*)?"
-    match = re.fullmatch(url, options.post, re.ASCII)
+    match = re.fullmatch(url, args.post, re.ASCII)
     if not match or not 0 < int(match[2] or 80) < 65536:
         raise _UsageError("--post wants a URL of http or https without a password: --header takes secrets")
-    shown, is_otlp = match[1], options.format == "otlp"  # the path may be a secret, as of a webhook
+    shown, is_otlp = match[1], args.format == "otlp"  # the path may be a secret, as of a webhook
     headers = {"Content-Type": "application/json" if is_otlp else "application/x-ndjson"}
-    for header in options.header or ():
+    for header in args.header or ():
         name, _, variable = header.partition("=")
         headers[name] = value = os.environ.get(variable, "").strip()
         if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+=[ -~\xa0-\xff]+", f"{name}={value}", re.ASCII):
             raise _UsageError(f"--header {header}: the variable is not set, or no header can be made of this")
-    opener = urllib.request.build_opener(AsItComes)
-
-    def asked_pause(text: str) -> float:
-        """Return the seconds that a Retry-After asks for, a number or a date."""
-        if text.isdecimal():
-            return float(text)
-        with suppress(Exception):  # whatever a receiver sends
-            return (email.utils.parsedate_to_datetime(text) - utc_now()).total_seconds()
-        return 0.0
+    opener: Any = urllib.request.build_opener()
+    opener.process_response = {}  # answers as they come: a redirect would ask elsewhere, without the events
 
     def post(lines: Sequence[str]) -> None:
         text = "\n".join(lines) + "\n"
         if is_otlp:  # one request of all resources: each line holds an array of one
             start = '{"resourceLogs":['
             text = start + ",".join(line[len(start) : -2] for line in lines) + "]}"
-        request = urllib.request.Request(options.post, text.encode(), headers, method="POST")
-        pause, end = 1.0, time.monotonic() + _POST_SECONDS
+        request = urllib.request.Request(args.post, text.encode(), headers, method="POST")
+        pause, end = 1.0, time.monotonic() + 60.0  # without --follow
         while True:
             told, is_final = "", False
             try:
@@ -10168,57 +10086,66 @@ def _poster_of(options: Options) -> Callable[[Sequence[str]], None]:
                     if 200 <= code < 300:
                         return
                     told, is_final = f"{shown} answered {code}: ", code != 429 and code < 500
-                    pause = max(pause, min(asked_pause(answer.headers.get("Retry-After", "").strip()), 300.0))
+                    asked = answer.headers.get("Retry-After", "").strip()
+                    with suppress(Exception):  # whatever a receiver sends; seconds or a date
+                        if not asked.isdecimal():
+                            moment = email.utils.parsedate_to_datetime(asked)
+                            asked = (moment - utc_now()).total_seconds()
+                        pause = max(pause, min(float(asked), 300.0))
                     told += answer.read(500).decode(errors="replace").strip()
+            except ValueError:  # its text may hold a secret
+                raise _UsageError(f"{shown}, or the proxy of the environment, is no address") from None
             except (OSError, http.client.HTTPException) as error:
                 told = told or f"{shown} can't be reached: {getattr(error, 'reason', error)}"
-            if is_final or not (options.follow or time.monotonic() + pause <= end):
+            if is_final or not (args.follow or time.monotonic() + pause <= end):
                 raise AuditError(f"{told}; nothing more was sent, and the cursor stays")
             _say(f"{told}; trying again in {pause:.0f} s")
             time.sleep(pause)
             pause = min(pause * 2, 60.0)
 
-    return post
+    def write(rows: Iterable[Row]) -> None:
+        batch, size = list[str](), 0
+        for (line,) in itertools.chain(rows, [("",)]):  # the empty one ends the last batch
+            size += len(line.encode()) + 1
+            if batch and (not line or len(batch) == 500 or size > 2**20):  # receivers have limits
+                post(batch)
+                batch, size = [], len(line.encode()) + 1
+            batch.append(line)
+
+    return write
 
 
-def _export(options: Options, store: Store, what: Filter) -> None:
+def _export(args: Args, store: Store, what: Filter) -> None:
     import shutil
 
-    path: str = options.export
+    path: str = args.export
     to_stdout = path == "-"
-    form = options.format or ("csv" if to_stdout else export_format(path))
+    form = args.format or ("csv" if to_stdout else export_format(path))
     if form not in EXPORT_FORMATS:
         raise _UsageError(f"{path}: the extension, or --format, must be of {', '.join(EXPORT_FORMATS)}")
-    if options.bom and not form.startswith("csv"):
+    if args.bom and not form.startswith("csv"):
         raise _UsageError(f"--bom is for CSV, not for {form}")
     if to_stdout and sys.stdout.isatty():
         raise _UsageError("an export is not for a terminal: write to a file, or into a pipe")
-    with contextlib.ExitStack() as stack:
+    chosen = {name: getattr(args, name) for name in ("oldest_first", "raw", "bom")}
+    with scratch_folder(store.journal.directory) if to_stdout else contextlib.nullcontext("") as folder:
         if to_stdout:
-            folder = stack.enter_context(scratch_folder(store.journal.directory))
             path = os.path.join(folder, f"export.{form}")
         else:
             store.refuse_own_files(path)
-        chosen = {name: getattr(options, name) for name in ("oldest_first", "raw", "bom")}
         progress = _progress if sys.stderr.isatty() else None
-        with _whole_log(store, options) as reading:
-            count = reading.export(what, path, form=form, count=options.limit, progress=progress, **chosen)
+        with _whole_log(store, args) as reading:
+            count = reading.export(what, path, form=form, count=args.limit, progress=progress, **chosen)
         if progress:
             print("\r\x1b[K", end="", file=sys.stderr)
         if to_stdout:
-            file = stack.enter_context(open(path, "rb"))
-            shutil.copyfileobj(file, sys.stdout.buffer)
+            with open(path, "rb") as file:
+                shutil.copyfileobj(file, sys.stdout.buffer)
     _say(f"{counted(count, 'event')} written to {'standard output' if to_stdout else path}")
 
 
-_SHOWN = """\
-event_id timestamp type name status duration_ms policy_decision reason error error_type
-caller user_id agent client address server session_id request_id trace_id
-input_json result_bytes context"""
-
-
-def cmd_show(options: Options) -> int | None:
-    name, count = options.event.strip(), options.around
+def cmd_show(args: Args) -> None:
+    name, count = args.event.strip(), args.around
     ids = [name]
     try:
         parse_event_id(name)
@@ -10226,134 +10153,111 @@ def cmd_show(options: Options) -> int | None:
         if not re.fullmatch(r"[0-9TZ]*-?[0-9a-f]*(:[0-9]*)?", name):
             raise
         ids = []  # its beginning, or what follows the time
-    with _store_of(options).reading(wait=options.wait) as reading:
+    with _store_of(args).reading(wait=args.wait) as reading:
         ids = ids or [str(each) for (each,) in reading.ids_like(name)]
         if len(ids) > 1:
             raise _UsageError(f"{name} may be any of {', '.join(ids)} …")
         rows = list(reading.rows(Filter(event_id=ids[0]), count=1)) if ids else []
         if not rows:
-            if reading.problem is not None:
-                raise reading.problem
-            _say(f"there is no event {name}")
-            return EXIT_FAILED
+            raise reading.problem or AuditError(f"there is no event {name}")
         event = dict(zip(PUBLIC_COLUMNS, rows[0]))
         if count:
             if event["session_id"] is None:
                 raise _UsageError(f"{name} has no session; leave --around out")
             rows = reading.around(event["session_id"], ids[0], count)
-    if options.json:
+    if args.json:
         write_json(sys.stdout, rows) if count else _print_json(event)
     elif count:
-        width, colour = _terminal()
         columns = ("event_id", *SHORT_COLUMNS[:-1])
-        write_events(sys.stdout, rows, columns=columns, width=width, colour=colour, local=options.local)
+        write_events(sys.stdout, rows, columns=columns, local=args.local, **_terminal())
     else:
-        fields = {name: None if value is None else str(value) for name, value in event.items()}
-        fields |= {name: indented_json(event[name] or "null") for name in ("input_json", "context")}
-        if options.local:
-            fields["timestamp"] = local_time(event["timestamp"])
-        write_fields(sys.stdout, [(name, fields[name]) for name in _SHOWN.split()])
-    return None
+        if args.local:
+            event["timestamp"] = local_time(event["timestamp"])
+        texts = {name: indented_json(event.pop(name) or "null") for name in ("input_json", "context")}
+        write_fields(sys.stdout, {"event_id": ids[0], **event, **texts})
 
 
-def cmd_stats(options: Options) -> None:
-    sort = STATS_COLUMNS[_SORTS.index(options.sort)]
-    with _whole_log(_store_of(options), options) as reading:
-        rows = reading.stats(_filter_of(options), by=options.by, sort=sort, count=options.limit)
-    if options.json:
-        write_json(sys.stdout, rows, (options.by, *STATS_COLUMNS))
+def cmd_stats(args: Args) -> None:
+    sort = STATS_COLUMNS[_SORTS.index(args.sort)]
+    with _whole_log(_store_of(args), args) as reading:
+        rows = reading.stats(_filter_of(args), by=args.by, sort=sort, count=args.limit)
+    if args.json:
+        write_json(sys.stdout, rows, (args.by, *STATS_COLUMNS))
     else:
-        write_stats(sys.stdout, options.by, rows, bar=sort, width=_terminal()[0], local=options.local)
+        write_stats(sys.stdout, args.by, rows, bar=sort, width=_terminal()["width"], local=args.local)
         sys.stdout.flush()
-        _say(summary(len(rows), "group", options.limit))
+        _say(summary(len(rows), "group", args.limit))
 
 
-def cmd_sql(options: Options) -> None:
-    statement = _standard_input() if options.statement == "-" else options.statement
-    try:
-        # Python hears no Ctrl+C during a call into DuckDB, and a query of somebody's own may be endless.
-        store = _store_of(options, functools.partial(open_engine, apart=True))
-        with _whole_log(store, options) as reading:
-            names, rows = reading.query(statement)
-            if options.json:
-                write_json(sys.stdout, rows, names)
-            elif options.csv:
-                file: Any = sys.stdout
-                if file.isatty():
-                    file = types.SimpleNamespace(write=lambda line: _print(line.removesuffix("\n")))
-                elif hasattr(file, "reconfigure"):  # UTF-8 whatever the locale says
-                    file.reconfigure(encoding="utf-8", newline="")
-                write_csv(file, names, rows, raw=options.raw)
-            else:
-                write_grid(sys.stdout, names, list(rows), width=_terminal()[0])
-    except QueryError as error:  # without the place, which is one in our statement around it
-        raise QueryError(str(error).partition("\n\nLINE ")[0]) from error
+def cmd_sql(args: Args) -> None:
+    statement, file = _standard_input() if args.statement == "-" else args.statement, cast("Any", sys.stdout)
+    # Python hears no Ctrl+C during a call into DuckDB, and a query of somebody's own may be endless.
+    store = _store_of(args, functools.partial(open_engine, apart=True))
+    with _whole_log(store, args) as reading:
+        names, rows = reading.query(statement)
+        if args.json:
+            write_json(file, rows, names)
+        elif args.csv:
+            if file.isatty():
+                file = types.SimpleNamespace(write=lambda line: _print(line.removesuffix("\n")))
+            elif hasattr(file, "reconfigure"):  # UTF-8 whatever the locale says
+                file.reconfigure(encoding="utf-8", newline="")
+            write_csv(file, names, rows, raw=args.raw)
+        else:
+            write_grid(file, names, list(rows), width=_terminal()["width"])
 
 
-def cmd_config(options: Options) -> None:
-    config = _config_of(options)
+def cmd_config(args: Args) -> None:
+    config = _config_of(args)
     settings = config._asdict()
     sources = settings.pop("sources")
     settings["path"], settings["journal"] = public_target(config.path), config.journal_directory
     settings["attach"] = dict.fromkeys(config.attach, REDACTED)
     rows = [(name, value, sources.get(name, "default")) for name, value in settings.items()]
-    if options.json:
+    if args.json:
         _print_json({name: {"value": value, "source": source} for name, value, source in rows})
     else:
         write_grid(sys.stdout, ("SETTING", "VALUE", "SOURCE"), rows, width=None)
 
 
-def cmd_redact(options: Options) -> None:
-    if options.db or options.config or options.profile or find_site_file(os.getcwd()):
-        config = _config_of(options)
-    else:
-        config = config_from_arguments("none")  # the default rules
+def cmd_redact(args: Args) -> None:
+    is_configured = args.db or args.config or args.profile or find_site_file(os.getcwd())
+    config = _config_of(args) if is_configured else config_from_arguments("none")
     redactor = redactor_of(config)
     try:
         value = json.loads(_standard_input())
     except (ValueError, RecursionError) as error:
         raise _UsageError(f"standard input is no JSON: {error}") from error
     encoder = Encoder(redactor, max_input_bytes=config.max_input_bytes)
-    recorded = json.loads(encoder.input_json(value, options.tool, None, None)) or "null"
-    reasons = redactor.explain(value, tool=options.tool)
-    if options.json:
+    recorded = json.loads(encoder.input_json(value, args.tool, None, None)) or "null"
+    reasons = redactor.explain(value, tool=args.tool)
+    if args.json:
         redacted = [{"path": path, "reason": reason} for path, reason in reasons]
         _print_json({"recorded": json.loads(recorded), "redacted": redacted})
         return
-    _print(indented_json(recorded))
+    _print(indented_json(recorded) + "\n" * bool(reasons))
     if reasons:
-        _print()
         write_grid(sys.stdout, ("REDACTED", "BECAUSE"), reasons, width=None)
 
 
-def cmd_ingest(options: Options) -> int:
+def cmd_ingest(args: Args) -> int:
     told = Diagnostics()
-    store = Store(_config_of(options), diagnostics=told)
+    store = Store(_config_of(args), diagnostics=told)
 
     def ingest() -> None:
         if not store.ingest():
             raise DatabaseLockedError(f"{store.target.name}: another process is ingesting; try again")
 
-    patiently(ingest, options.wait)
+    patiently(ingest, args.wait)
     rejected = f", {counted(told.rejected, 'line')} rejected" if told.rejected else ""
     _say(f"{counted(told.ingested, 'event')} ingested{rejected}")
     return EXIT_FAILED if told.rejected else 0
 
 
-def cmd_import(options: Options) -> int:
-    import zlib
-
-    code = 0
-    importer = Importer(
-        _config_of(options), on_bad_line=lambda *line: _say("{}:{}: {}".format(*line)), wait=options.wait
-    )
-    for path in options.files:
-        try:
-            events, known, bad = importer.take(path)
-        except (OSError, EOFError, zlib.error) as error:
-            _say(f"{path}: can't be read to its end: {getattr(error, 'strerror', None) or error}")
-            code = EXIT_FAILED
-            continue
+def cmd_import(args: Args) -> int:
+    code, importer = 0, Importer(_config_of(args), on_bad_line=_say, wait=args.wait)
+    for path in args.files:
+        events, known, bad = importer.take(path)
         code = EXIT_FAILED if bad else code
         more = f", {known} known already" if known else ""
         more += f", {counted(bad, 'bad line')} left out" if bad else ""
@@ -10361,11 +10265,11 @@ def cmd_import(options: Options) -> int:
     return code
 
 
-def cmd_doctor(options: Options) -> int:
-    checkup = Checkup(_config_of(options), wait=options.wait)
-    if options.json:
+def cmd_doctor(args: Args) -> int:
+    checkup = Checkup(_config_of(args), wait=args.wait)
+    if args.json:
         _print_json(checkup.report)
-    elif options.prometheus:
+    elif args.prometheus:
         _print("\n".join(prometheus_text(checkup.report)))
     else:
         for part, state in checkup.report.items():
@@ -10378,33 +10282,35 @@ def cmd_doctor(options: Options) -> int:
     return EXIT_FAILED if checkup.faults else 0
 
 
-def cmd_report(options: Options) -> None:
-    what, store = _filter_of(options), _store_of(options)
-    store.refuse_own_files(options.out)
+def cmd_report(args: Args) -> None:
+    what, store = _filter_of(args), _store_of(args)
+    store.refuse_own_files(args.out)
     chosen = {name: value for name, value in what._asdict().items() if value not in (None, ())}
-    facts = {
-        "log": store.target.name,
-        "made at": sql_time(utc_now())[:19] + " UTC",
-        "filter": json.dumps(chosen, ensure_ascii=False),
-    }
+    facts = {"log": store.target.name, "made at": f"{utc_now():%F %T} UTC", "filter": json_text(chosen)}
     try:
-        verdict = store.verify(wait=options.wait)
+        verdict = store.verify(wait=args.wait)
         ends = "; ".join(f"{head.journal} at {head.position}: {head.seal[:16]}" for head in verdict.heads)
         facts |= {"verify": _verdict_summary(verdict), "chain ends": ends}
     except StoreError as error:
         facts["verify"] = str(error)
-    with _whole_log(store, options) as reading:
-        text = "".join(report_html(reading, what, facts, newest=options.limit or 100))
-    _write_whole(options.out, text)
-    _say(f"report written to {options.out}")
+    with _whole_log(store, args) as reading:
+        text = "".join(report_html(reading, what, facts, newest=args.limit or 100))
+    _write_whole(args.out, text)
+    _say(f"report written to {args.out}")
 
 
-def cmd_verify(options: Options) -> int:
-    checkpoint = _read_checkpoint(options.checkpoint, options.signed_by) if options.checkpoint else []
-    store = Store(_config_of(options))
-    verdict = store.verify(checkpoint=checkpoint, since=options.since, wait=options.wait, progress=_progress)
-    if options.json:
-        _print_json(_verdict_object(verdict), indent=None)
+def cmd_verify(args: Args) -> int:
+    checkpoint = _read_checkpoint(args.checkpoint, args.signed_by) if args.checkpoint else []
+    store = Store(_config_of(args))
+    verdict = store.verify(checkpoint=checkpoint, since=args.since, wait=args.wait, progress=_progress)
+    if args.json:
+        names = "intact entries segments events purged lost legacy waiting_bytes more_findings purges notes"
+        answer: dict[str, Any] = {name: getattr(verdict, name) for name in names.split()}
+        answer["journals"] = [head._asdict() for head in verdict.heads]
+        answer["findings"] = findings = [finding._asdict() for finding in verdict.findings]
+        for finding in findings:
+            finding["events"] = [f"{finding['segment']}:{seq}" for seq in finding.pop("seqs")]
+        _print_json(answer, indent=None)
     else:
         lines = [f"{finding.kind:<9} {finding.text}" for finding in verdict.findings]
         if verdict.more_findings:
@@ -10413,17 +10319,8 @@ def cmd_verify(options: Options) -> int:
             text = "purge     {} at {moment} by {host}, newer than the checkpoint"
             lines.append(text.format(counted(purge["events"], "event"), **purge))
         lines += [f"note      {note}" for note in verdict.notes]
-        _print("\n".join([*lines, _verdict_summary(verdict, options.since)]))
+        _print("\n".join([*lines, _verdict_summary(verdict, args.since)]))
     return 0 if verdict.intact else EXIT_FAILED
-
-
-def _verdict_object(verdict: Verdict) -> dict[str, object]:
-    findings = [finding._asdict() for finding in verdict.findings]
-    for finding in findings:
-        finding["events"] = [f"{finding['segment']}:{seq}" for seq in finding.pop("seqs")]
-    names = "intact entries segments events purged lost legacy waiting_bytes more_findings purges notes"
-    answer = {name: getattr(verdict, name) for name in names.split()}
-    return {**answer, "journals": [head._asdict() for head in verdict.heads], "findings": findings}
 
 
 def _verdict_summary(verdict: Verdict, since: str | None = None) -> str:
@@ -10447,10 +10344,8 @@ def _read_checkpoint(path: str, signers: str | None = None) -> list[Head]:
         with open(path, encoding="utf-8") as file:
             text = file.read()
         said = json.loads(text[text.index("{") :])
-        heads = [
-            Head(str(head["journal"]), int(head["position"]), int(head["events"]), str(head["seal"]))
-            for head in said["journals"]
-        ]
+        kinds = tuple(zip(Head._fields, (str, int, int, str)))
+        heads = [Head(*(kind(head[name]) for name, kind in kinds)) for head in said["journals"]]
     except Exception as error:
         problem = f"{path} is no checkpoint that can be read ({error})"
         raise _UsageError(f"{problem}; `mxcp-audit checkpoint` prints one") from error
@@ -10459,26 +10354,26 @@ def _read_checkpoint(path: str, signers: str | None = None) -> list[Head]:
     return heads
 
 
-def cmd_checkpoint(options: Options) -> None:
-    checkpoint = Store(_config_of(options)).checkpoint(wait=options.wait)
-    if options.sign:
-        checkpoint["signature"] = sign_checkpoint(options.sign, checkpoint)
+def cmd_checkpoint(args: Args) -> None:
+    checkpoint = Store(_config_of(args)).checkpoint(wait=args.wait)
+    if args.sign:
+        checkpoint["signature"] = sign_checkpoint(args.sign, checkpoint)
     _print_json(checkpoint, indent=None)
 
 
-def cmd_prove(options: Options) -> None:
-    _print_json(Store(_config_of(options)).prove(options.event, wait=options.wait), indent=None)
+def cmd_prove(args: Args) -> None:
+    _print_json(Store(_config_of(args)).prove(args.event, wait=args.wait), indent=None)
 
 
-def cmd_purge(options: Options) -> None:
-    if options.older_than > sql_time(utc_now()):
+def cmd_purge(args: Args) -> None:
+    if args.older_than > sql_time(utc_now()):
         raise _UsageError("--older-than lies in the future; everything would go")
-    store, archive, dry_run = Store(_config_of(options)), options.archive, options.dry_run
+    store, archive, dry_run = Store(_config_of(args)), args.archive, args.dry_run
     if archive:
         if os.path.lexists(archive) and not os.path.isdir(archive):
             raise _UsageError(f"{archive} is no directory; name one for --archive")
         store.refuse_journal(archive)
-    removal = store.purge(options.older_than, archive=archive, dry_run=dry_run, wait=options.wait)
+    removal = store.purge(args.older_than, archive=archive, dry_run=dry_run, wait=args.wait)
     text = f"{counted(removal.events, 'event')} {'would be ' if dry_run else ''}purged"
     if removal.events:
         text += f", from {iso_time(removal.first_event)} to {iso_time(removal.last_event)}"
@@ -10491,33 +10386,33 @@ def cmd_purge(options: Options) -> None:
         _say(f"{counted(len(removal.wrong), 'segment')} did not match the ledger, as `verify` goes on saying")
 
 
-def cmd_backup(options: Options) -> None:
-    events = Store(_config_of(options)).backup(options.file, wait=options.wait)
-    _print(f"{counted(events, 'event')} copied to {options.file}")
+def cmd_backup(args: Args) -> None:
+    events = Store(_config_of(args)).backup(args.file, wait=args.wait)
+    _print(f"{counted(events, 'event')} copied to {args.file}")
 
 
-def cmd_restore(options: Options) -> None:
-    restored = Store(_config_of(options)).restore(options.file, wait=options.wait)
+def cmd_restore(args: Args) -> None:
+    restored = Store(_config_of(args)).restore(args.file, wait=args.wait)
     _print(f"{counted(restored.back, 'event')} restored; the database holds {restored.events}")
     if restored.kept:
         _print(f"the database that was there before: {restored.kept}")
 
 
-def cmd_compact(options: Options) -> None:
-    before, after = Store(_config_of(options)).compact(wait=options.wait)
+def cmd_compact(args: Args) -> None:
+    before, after = Store(_config_of(args)).compact(wait=args.wait)
     _print(f"{before} bytes before, {after} bytes after")
 
 
-def cmd_wrap(options: Options) -> int:
-    command = options.server[1:] if options.server[0] == "--" else options.server
-    config = _config_of(options)
+def cmd_wrap(args: Args) -> int:
+    command = args.server[1:] if args.server[0] == "--" else args.server
+    config = _config_of(args)
     if not config.enabled:
         problem = f"audit logging is not enabled for profile {config.profile!r}"
-        if options.strict:
+        if args.strict:
             raise _UsageError(f"{problem}; enable it in {config.site_file}, or leave --strict out")
         _say(f"mxcp-audit: {problem}: the traffic passes unaudited")
     audit = AuditLogger.__new__(AuditLogger)
-    audit.__setstate__(config._replace(strict=("*",)) if options.strict else config)
+    audit.__setstate__(config._replace(strict=("*",)) if args.strict else config)
     code = WrappedServer(command, audit).run()
     audit.shutdown(WrappedServer.GRACE_SECONDS)  # a client kills what takes longer; the journal has it all
     return end_like(code)
@@ -10540,13 +10435,10 @@ _mxcp_audit() {{
 complete -o default -F _mxcp_audit mxcp-audit"""
 
 
-def cmd_completion(options: Options) -> None:
-    words = {
-        f'*" {name}"': globals()[kind]
-        for name, kind in re.findall(r"(--\w+)(?: [A-Z]+)? \{(\w+)\}", _OPTIONS)
-    }
-    actions = {action.dest: action for action in build_parser()._actions}
-    commands = cast("Mapping[str, argparse.ArgumentParser]", actions["command"].choices)
+def cmd_completion(args: Args) -> None:
+    choices = re.findall(r"(--\w+)(?: [A-Z]+)? \{(\w+)\}", _OPTIONS)
+    words = {f'*" {name}"': globals()[kind] for name, kind in choices}
+    commands: Any = build_parser()._actions[-1].choices
     words |= {f'*" {name} "*': command._option_string_actions for name, command in commands.items()}
     cases = "\n".join(f'        {case}) words="{" ".join(each)}" ;;' for case, each in words.items())
     print(_COMPLETION.format(commands=" ".join(commands), cases=cases))
@@ -10559,14 +10451,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout, sys.stderr = sys.stdout or sink, sys.stderr or sink
     arguments, debug = sys.argv[1:] if argv is None else argv, False
     try:
-        options = build_parser(local="--local" in arguments).parse_args(arguments)
-        debug = getattr(options, "debug", False)
+        args = build_parser(local="--local" in arguments).parse_args(arguments)
+        debug = getattr(args, "debug", False)
         if debug:
             import logging
 
             logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
-        _check_options(options)
-        code = int(options.run(options) or 0)
+        _check_options(args)
+        code = int(globals()[f"cmd_{args.command}"](args) or 0)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # nothing more may be flushed into the pipe at exit
@@ -10577,7 +10469,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (AuditError, OSError) as error:
         if debug:
             raise
-        _say(f"mxcp-audit: {error}")
+        _say("mxcp-audit: " + str(error).partition("\n\nLINE ")[0])  # of a statement around the user's
         if isinstance(error, (ConfigError, EventError, _UsageError)):
             return EXIT_USAGE
         return EXIT_LOCKED if isinstance(error, DatabaseLockedError) else EXIT_FAILED

@@ -215,17 +215,22 @@ def test_import_files_that_are_none(tmp_path: Path, cli: Cli) -> None:
     (tmp_path / "damaged.gz").write_bytes(packed[:10] + b"\xff" * 99)
     mixed = cli("import", "--db", "other.duckdb", "absent.jsonl", "cut.gz", "damaged.gz", "a.jsonl")
     assert mixed.returncode == 1
-    absent, cut, damaged, good = mixed.stderr.splitlines()
-    assert damaged.startswith("damaged.gz: can't be read")
-    assert absent.startswith("absent.jsonl: can't be read") and cut.startswith("cut.gz: can't be read")
+    absent, no_events, cut, begun, damaged, nothing, good = mixed.stderr.splitlines()
+    assert absent == "absent.jsonl:0: No such file or directory"
+    assert no_events == "absent.jsonl: 0 events imported, 1 bad line left out"
+    taken = int(cut.split(":")[1])
+    assert "end-of-stream marker" in cut and 500 < taken < 1500
+    assert begun == f"cut.gz: {taken} events imported, 1 bad line left out"
+    assert damaged.startswith("damaged.gz:0: ") and nothing.startswith("damaged.gz: 0 events")
     assert good == "a.jsonl: 1 event imported"
+    assert len(events(cli)) == 1
+    shown = cli("log", "--db", "other.duckdb", "--json", "--limit", "9999").stdout
+    assert shown.count('"name": "t') == taken + 1
     assert "Traceback" not in mixed.stderr
 
 
 def importer(tmp_path: Path) -> Importer:
-    return Importer(
-        config_from_arguments(tmp_path / "log.duckdb"), on_bad_line=lambda path, number, reason: None, wait=5
-    )
+    return Importer(config_from_arguments(tmp_path / "log.duckdb"), on_bad_line=print, wait=5)
 
 
 def names(tmp_path: Path) -> list[str]:

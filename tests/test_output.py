@@ -12,10 +12,11 @@ import pytest
 
 from mxcp_audit import (
     PUBLIC_COLUMNS,
+    clip,
     display_width,
-    fit,
     indented_json,
     json_text,
+    pad,
     printable,
     summary,
     write_csv,
@@ -35,6 +36,8 @@ EVENT = {
 HOSTILE = (
     "".join(map(chr, range(0x20))) + "\x7f\x80\x9b\x9d\xad\u200b\u200e\u202e\u2028\u2029\u2066\ufeff\ue000"
 )
+
+BELOW = ("reason", "error", "input_json")
 
 
 def row(**changes: Any) -> tuple[Any, ...]:
@@ -79,20 +82,22 @@ def test_display_width_counts_cells(text: str, width: int) -> None:
     assert display_width(text) == width
 
 
-def test_fit_fills_exactly() -> None:
+def test_clip_and_pad_fill_exactly() -> None:
     chance = random.Random(3)
     for _ in range(2000):
         text = "".join(chance.choices("abc 日本語é🦆\u0301\u0327ｶ", k=chance.randint(0, 30)))
         for width in (1, 2, 3, 7, 20):
-            assert display_width(fit(text, width)) == width
-            assert display_width(fit(text, width, right=True)) >= width
-    assert fit("abcdef", 4) == "abc…"
-    assert fit("x", 0) == ""
+            shown = clip(text, width)
+            assert display_width(shown) in (min(display_width(text), width), width - 1)
+            assert shown == text or (shown[-1] == "…" and text.startswith(shown[:-1]))
+            assert display_width(pad(shown, width)) == display_width(pad(shown, width, right=True)) == width
+    assert clip("abcdef", 4) == "abc…" and clip("日本語", 4) == "日…" and clip("x", None) == "x"
+    assert clip("x", 0) == ""
 
 
 def test_table_hostile_values_are_escaped_in_every_place() -> None:
     bad = row(**{name: f"x{HOSTILE}" for name in PUBLIC_COLUMNS if name != "duration_ms"})
-    for options in ({}, {"columns": PUBLIC_COLUMNS}, {"with_input": True}, {"width": 60, "with_input": True}):
+    for options in ({}, {"columns": PUBLIC_COLUMNS}, {"below": BELOW}, {"width": 60, "below": BELOW}):
         assert harmless(table([bad], **options))  # type: ignore[arg-type]
 
 
@@ -121,7 +126,7 @@ def test_table_grows_without_moving_when_rows_come_later() -> None:
 def test_table_reason_and_error_stand_under_their_row_unless_columns_are_chosen() -> None:
     bad = row(status="error", error="no\ndice", reason="because", policy_decision="deny")
     assert table([bad]).splitlines()[2:] == ["    reason: because", "    error: no\\ndice"]
-    chosen = table([bad], columns=("name", "error"), with_reasons=False)
+    chosen = table([bad], columns=("name", "error"), below=())
     assert chosen.splitlines()[1:] == ["get_user  no\\ndice"]
 
 
@@ -139,7 +144,7 @@ def test_table_ascii_terminal_gets_ascii() -> None:
 
 def test_table_input_is_whole() -> None:
     text = json.dumps({"key": "long " * 50})
-    lines = table([row(input_json=text)], width=60, with_input=True).splitlines()
+    lines = table([row(input_json=text)], width=60, below=("input_json",)).splitlines()
     assert lines[2:] == [f"    {text}"]
 
 
@@ -239,7 +244,7 @@ def test_csv_reads_back_equal_and_neutralises_formulas() -> None:
 
 def test_fields_and_text_are_harmless() -> None:
     file = Text()
-    write_fields(file, [("name", HOSTILE.replace("\n", "")), ("error", "a\x1b\nb"), ("reason", None)])
+    write_fields(file, {"name": HOSTILE.replace("\n", ""), "error": "a\x1b\nb", "reason": None})
     write_text(file, "{\n\x1b}")
     assert harmless(file.getvalue())
     assert file.getvalue().endswith("error\n  a\\x1b\n  b\nreason           -\n{\n\\x1b}\n")
@@ -247,7 +252,7 @@ def test_fields_and_text_are_harmless() -> None:
 
 def test_json_text_escapes_in_every_place() -> None:
     value = {HOSTILE: [HOSTILE]}
-    for options in ({}, {"indent": 2}, {"ascii_only": True}):
+    for options in ({}, {"indent": 2}, {"file": Text("ascii")}):
         text = json_text(value, **options)  # type: ignore[arg-type]
         assert harmless(text) and json.loads(text) == value
 

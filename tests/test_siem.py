@@ -196,7 +196,7 @@ def test_post_refused_stops_with_the_answer_and_leaves_the_cursor(
 @pytest.mark.parametrize(
     "options",
     [
-        *(["file:///tmp/pa55"], ["ftp://127.0.0.1/pa55"], ["http://me:pa55@127.0.0.1/"]),
+        *(["file:///tmp/pa55"], ["ftp://127.0.0.1:1/pa55"], ["http://me:pa55@127.0.0.1/"]),
         *(["http://127.0.0.1:pa55/"], ["http://[pa55/"], ["http://127.0.0.1/pa55 x"]),
         *(["http://127.0.0.1/pa55ü"], ["http://127.0.0.1:99999/pa55"], ["pa55"]),
         *(["http://127.0.0.1/", "--header", "X=TWO_LINES"], ["http://127.0.0.1/", "--header", "X=ABSENT"]),
@@ -210,6 +210,22 @@ def test_post_to_what_is_no_receiver_is_refused_and_shows_no_secret(
     done = cli("log", "--db", str(log), "--format", "ecs", "--post", *options, **secrets)
     assert (done.returncode, done.stdout) == (2, "") and "Traceback" not in done.stderr
     assert "pa55" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("url", "proxy", "told"),
+    [
+        *(("http://a..b/", "", "is no address"), ("http://127.0.0.1/", "http:/pa55", "is no address")),
+        ("http://127.0.0.1/", "x y://127.0.0.1/pa55", "can't be reached"),
+    ],
+)
+def test_post_to_no_address_and_by_no_proxy_ends_in_words(
+    cli: Cli, log: Path, monkeypatch: pytest.MonkeyPatch, url: str, proxy: str, told: str
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: monkeypatch.setattr(time, "monotonic", lambda: 1e9))
+    done = cli("log", "--db", str(log), "--format", "ecs", "--post", url, http_proxy=proxy, no_proxy="")
+    assert done.returncode in (1, 2) and told in done.stderr
+    assert "pa55" not in done.stderr and "Traceback" not in done.stderr
 
 
 # --- forms
