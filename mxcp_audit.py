@@ -9055,7 +9055,7 @@ PART_EVENTS = 20_000  # arbitrary: of an imported file, in one segment
 _Imported: TypeAlias = tuple[int, dict[str, Any]]  # an event's time in ns, and its values
 
 
-def _lines_of(path: str) -> Iterator[bytes]:
+def _file_lines(path: str) -> Iterator[bytes]:
     """Yield the lines of a file, plain or gzip."""
     import gzip  # lazily: few need it
 
@@ -9110,7 +9110,7 @@ class Importer:
         """Yield the events; report bad lines, and damage, which is the end."""
         import zlib
 
-        lines, number = enumerate(_lines_of(path), 1), 0
+        lines, number = enumerate(_file_lines(path), 1), 0
         while True:
             try:
                 number, line = next(lines)
