@@ -4142,7 +4142,7 @@ class Writer:
                     self._appender.present()
                 self.begun.write(self.written)
             except (OSError, JournalError, MemoryError, RuntimeError) as error:
-                text = "the journal can't be written; events wait in memory"
+                text = "the journal can't be written; events wait in memory and it is tried again"
                 self._diagnostics.note("journal", text, error=error)
                 return False
             finally:
