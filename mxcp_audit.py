@@ -1054,16 +1054,15 @@ def _words_by_head(text: str) -> dict[str, frozenset[str]]:
     return {head: _words_in(words) for head, words in re.findall(r"(\w+):([^:]*)(?=\s\w+:|\Z)", text)}
 
 
-# The specification's names; secrets anywhere; what still means the secret behind these, where other words
-# tell of it (its policy, place); behind `key` a document; what before a secret makes a switch of it, or
-# only before a strong one; what is glued to secrets, as all above are (`dbpass`); no secrets; other stems.
+# The specification's; secrets anywhere; behind these, still the secret, not its policy; behind `key`, a
+# document; before a secret, a switch; likewise if it is strong; glued to it (`dbpass`); none; other stems.
 _NAME_WORDS = _words_by_head("""
 spec: password passwd pwd secret token key apikey auth authorization credential ssn creditcard cardnumber
 strong: password passwd pwd pw passphrase passcode secret credential cred apikey ssn cvv cvc csc otp totp pat
-  creditcard codeverifier securityanswer assertion psk pfx dockerconfigjson dockercfg kubeconfig jsessionid
-  phpsessid sessid privkey requirepass masterauth authtok motdepasse passwort kennwort contrasena contraseña
-  senha wachtwoord passord lösenord adgangskode hasło heslo jelszó salasana şifre пароль 密码 密碼 口令
-  パスワード 暗証番号 비밀번호 암호 סיסמה
+  mnemonic creditcard codeverifier securityanswer assertion psk pfx dockerconfigjson dockercfg kubeconfig
+  jsessionid phpsessid sessid privkey requirepass masterauth authtok motdepasse passwort kennwort contrasena
+  contraseña senha wachtwoord passord lösenord adgangskode hasło heslo jelszó salasana şifre пароль 密码
+  密碼 口令 パスワード 暗証番号 비밀번호 암호 סיסמה
 still: value string str text plain plaintext cleartext base b binary raw hex encoded encrypted hash digest
   data content body material blob override new old current previous confirm confirmation repeat again
   verification verify primary secondary main backup default dev prod production test testing staging live
@@ -1078,54 +1077,50 @@ glue: db my mysql sql pg smtp imap ftp ldap mail wifi credit debit cc id aws web
   public next page sort
 none: compass bypass trespass surpass overpass underpass encompass
 stems: sensitive social verifier answer saml json card ccn cc_n cc-n community account.num account_num
-  connect.sid _wo sig=
+  connect.sid _wo sig= securestring phrase
 """)
 SPEC_NAMES, STRONG_WORDS, STILL_SECRET, KEY_DOCUMENTS = list(_NAME_WORDS.values())[:4]
 FLAG_WORDS, VERBS, GLUE_WORDS, NO_SECRETS, _STEMS = list(_NAME_WORDS.values())[4:]
-# Two words that are one: of forms, or torn apart (`passWord`); imagePullSecrets are names of secrets.
+# Two words that are one: of forms, or torn apart (`passWord`); imagePullSecrets are names.
 _PHRASES = _words_by_head("""
 creditcard: credit+card debit+card payment+card card+number card+num card+no cc+number cc+num cc+no
 primary+account  cvv: card+verification  ssn: social+security  securityanswer: security+answer secret+answer
 recovery+answer challenge+answer  codeverifier: code+verifier oauth+verifier  credential: service+json
-account+json  password: pass+word  passphrase: pass+phrase snmp+community community+string
-passcode: pass+code  motdepasse: de+passe  apikey: api+key  oauth: o+auth  assertion: saml+response
-sessid: connect+sid  imagepull: image+pull  idempotency: client+request
+account+json  password: pass+word  passphrase: pass+phrase snmp+community community+string seed+phrase
+recovery+phrase secret+phrase backup+phrase  secret: secure+string  passcode: pass+code  motdepasse: de+passe
+apikey: api+key  oauth: o+auth  assertion: saml+response  sessid: connect+sid  imagepull: image+pull
+idempotency: client+request
 """)
 PHRASES = {pair: word for word, pairs in _PHRASES.items() for pair in pairs}
 # A secret in some company only; harmless behind these words.
 WEAK_WORDS = _words_by_head("""
 token: next starting page paging pagination continuation continue cursor sync delta resume forward position
-  offset checkpoint iterator snapshot lock change version sequence read idempotency first last previous prev
-  start stop end bos eos pad special input output prompt completion generated code text word string lexer
-  parser syntax environment n budget base reward nft explained fee staked pool lp key
-key: public pub publishable anon foreign sort partition cache object idempotency ttl kv event group hash map
-  project file config ctrl input output parent label field error primary issue tag bucket table column index
-  kms managed
-jwt: verify validate decode parse  cookie: consent third party
-pass: first second single multi two one last did test checks high low band boarding ski bus season day poe
-  render
-pin: gpio led gpu map data clock input output board analog digital header reset power clk cs tx rx dout din
-  sda scl mosi miso sck irq rst push
-auth:  authorization:  code: result response error status reason  signature:
+offset checkpoint iterator snapshot lock change version sequence read idempotency first last previous prev
+start stop end bos eos pad special input output prompt completion generated code text word string lexer parser
+syntax environment n budget base reward nft explained fee staked pool lp key  key: public pub publishable anon
+foreign sort partition cache object idempotency ttl kv event group hash map project file config ctrl input
+output parent label field error primary issue tag bucket table column index kms managed  jwt: verify validate
+decode parse  cookie: consent third party  pass: first second single multi two one last did test checks high
+low band boarding ski bus season day poe render  pin: gpio led gpu map data clock input output board analog
+digital header reset power clk cs tx rx dout din sda scl mosi miso sck irq rst push  auth:  authorization:
+code: result response error status reason  signature:
 """)
 # A secret behind these words; `Authorization` is a header alone or beside its own words, else a decision.
 OPENERS = _words_by_head("""
 key: access private priv auth authentication authorization encryption encrypt decryption decrypt signing sign
-  hmac mac aes rsa cipher crypto master root session shared preshared account storage subscription license
-  licence activation product service app application client server wrapping unseal recovery pem sas bot
-  webhook admin developer dev merchant payment signature kek dek pass secondary tertiary stream customer
-  function workspace registration enrollment ingestion integration extension phase ike wep wpa radius tacacs
-  tsig device agent connection tunnel provisioning gossip isakmp ipsec symmetric fernet sealing network
-  transaction terminal openai anthropic gemini mailgun sendgrid
-token: access refresh api auth bearer oauth security session jwt csrf xsrf personal login reset bot service
-  deploy user device registration verification recovery invite
-auth: http basic digest bearer docker registry proxy api x npm redis git repo
-authorization: proxy http x ms amz basic bearer forwarded original header request custom
-code: authorization auth oauth mfa otp totp pin recovery backup security secret verification factor fa sms
-  access device reset login time cvv cvc card token
+hmac mac aes rsa cipher crypto master root session shared preshared account storage subscription license
+licence activation product service app application client server wrapping unseal recovery pem sas bot webhook
+admin developer dev merchant payment signature kek dek pass secondary tertiary stream customer function
+workspace registration enrollment ingestion integration extension phase ike wep wpa radius tacacs tsig device
+agent connection tunnel provisioning gossip isakmp ipsec symmetric fernet sealing network transaction terminal
+openai anthropic gemini mailgun sendgrid  token: access refresh api auth bearer oauth security session jwt
+csrf xsrf personal login reset bot service deploy user device registration verification recovery invite  auth:
+http basic digest bearer docker registry proxy api x npm redis git repo  authorization: proxy http x ms amz
+basic bearer forwarded original header request custom  code: authorization auth oauth mfa otp totp pin
+recovery backup security secret verification factor fa sms access device reset login time cvv cvc card token
 cookie: session auth http request set login  signature: amz goog access
 """)
-# A secret whatever is glued before it (`csrfmiddlewaretoken`), but for a few words.
+# A secret whatever is glued before it (`csrfmiddlewaretoken`).
 GLUED_SUFFIXES = r"""(?x)(?:密[码碼]|パスワード|비밀번호|pass(?:phrase|word|code|wd)?|credential|secret
   |token|pwd?|psk|(?:access|secret|private|api)key)s?$"""
 
@@ -1137,12 +1132,10 @@ STEMS = [stem for stem in _STEMS if not any(part in stem and part != stem for pa
 
 
 def _singular(word: str) -> str:
-    """Return the word that the lists know: `keys` is `key`, `pass` stays."""
     return word[:-1] if word[-1:] == "s" and word[:-1] in _KNOWN_WORDS else word
 
 
 def _unglue(word: str) -> list[str]:
-    """Split a word such as `accesstoken` into known words."""
     if _singular(word) in _KNOWN_WORDS or len(word) < 5 or word in NO_SECRETS:
         return [word]
     splits: dict[int, list[str]] = {len(word): []}
@@ -1160,7 +1153,6 @@ def _unglue(word: str) -> list[str]:
 
 
 def _name_words(name: str) -> list[str]:
-    """Split names such as `X-API-Key`, `JWTSecret`, `password2`."""
     if not name.isascii():
         import unicodedata  # takes 1 ms
 
@@ -1230,7 +1222,6 @@ def _lower(text: str) -> str:
 
 
 def _any_of(words: Iterable[str]) -> re.Pattern[str]:
-    """Compile a search for words, grouped by first letters for speed."""
     groups = itertools.groupby(sorted(set(words)), key=lambda word: word[0])
     ends = ((first, "|".join(re.escape(word[1:]) for word in group)) for first, group in groups)
     return re.compile("|".join(f"{re.escape(first)}(?:{rest})" for first, rest in ends))
@@ -1257,15 +1248,16 @@ _SEPARATOR = r"""(?x)(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
       | ["']\s{0,4}\{(?:\s{0,16}[a-z]{4,12}\s{0,16}=[^\n]{0,200}\n){0,4}?\s{0,16}default\s{0,16}=\s{0,8})
   | (?P<percent>%(?:25)?3[dD]) | (?P<model>\r?\n[ \t]{1,8}[^\n]{1,300}?\binput_value=)
   | (?P<part>\\{0,8}"(?:\r\n[^\r\n]{1,80}){0,3}(?:\r\n\r\n|\\r\\n\\r\\n|\n\n))
-  | (?P<pair>(?:\]?\\{0,8}["']|(?<=[A-Z]))(?:\s{0,2},\s{0,8}|\)\.\w{3,16}\(\s{0,4})(?=b?\\{0,8}["']))
+  | (?P<pair>(?:\]?\\{0,8}["']|(?<=[A-Z]))(?:\s{0,2},\s{0,8}|\)\.\w{3,16}\s?[(=]\s{0,4})(?=b?\\{0,8}["']))
   | (?P<prose>[ \t](?:for[ ]\S{1,40}(?<!:)[ ])?(?:for[ ]\S{1,40}:[ ]|\(
       |(?:is|was|are|ist|lautet|es|est|è|é|provided|given|(?:(?:set|changed)[ ])?to|[-–—])[ :][ \t]{0,4}))
-  | (?P<quoted>[ \t]{1,4}(?:(?:I?LIKE|IN|BY|TO)[ \t]{1,4}\(?)?(?=["']))
+  | (?P<quoted>[ \t]{1,4}(?:(?:I?LIKE|IN|BY|TO)[ \t]{1,4}\(?)?(?=["'`]))
   | (?P<element>(?:["']?|["']?\s[^<>]{0,200})>\s{0,8}(?:<!\[CDATA\[|<[vV]alue>)?(?=[^<\s]))
   | (?P<call>\(\s{0,4}(?=[bBrRuUfF]{0,2}\\{0,8}["'`])) | (?P<option>[ \t]{1,4}(?=[^\s-]))
 )"""
 _QUOTE = r"""(?x)(?:(?:new\s|[A-Za-z_]{1,24}(?:::|\.))?[A-Za-z_]{1,24}\()?
     [@$bBrRuUfFN]{0,2}(\\{0,32})(["'`])(?:\2{1,2}(?=[\w!@#$%^*+]))?"""
+_BLOCK = r"""(?x)[|>][+-]?[ \t]*\n([ \t]+).*(?:\n\1.*)* | <<\S?["']?(\w+)["']?\s*\n[\s\S]{0,2000}?\n\s*\2\b"""
 _MARKED = r"\[REDACTED(?::[0-9a-f]{8})?\]"
 # A bare value ends at a space or at what separates it from the next.
 _BARE = rf"""(?x)(?:{_MARKED}|(?:[^\s,;&'"`<>)\]}}\\]
@@ -1284,13 +1276,13 @@ _PLACEHOLDER = r"""(?x)(?:(?i:bearer|basic|token)[ ]+(?=[$%{<*.x]))?(?:
     (?![\s\S]*(?:value|default|example))[\s\S]*  # a schema; a file; an entry of a secret manager
   | [\w.~/-]*\.(?:txt|pem|key|json|ya?ml|conf|cfg|ini|crt|env)|[.~]{0,2}/(?:[a-z._-]+/)+[a-z._-]+
   | (?:env|file|op|vault|ssm|arn|secretref):\S+|projects/[\w-]+/secrets/\S+
-  | (?i:null|none|nil|undefined|true|false|string|utf-?8|include|inherit|same-origin|[a-z]+(?:error|exception)
-    |(?:your|insert|enter|replace|change)[_ -][\w -]*)
+  | (?i:null|none|nil|undefined|true|false|string|utf-?8|include|omit|inherit|same-origin
+    |[a-z]+(?:error|exception)|(?:your|insert|enter|replace|change)[_ -][\w -]*)
   | (?:process|var|self|this|env|os|vars|local)\.[\w.#]+!?(?:[\[(][^\n]{0,80})?|lambda\b.*
   | (?=[^\n]*[%{][a-z_])(?:[^\w{}%]|%[sdr]|\{[a-z_][\w.]*(?:[!:\[(][^{}\n]{0,40})?\})+|__\w+__|[$@&:][a-z_]+
   | [\^~v]?[0-9]{1,3}(?:\.[0-9]{1,3}){1,3}|\#[0-9a-fA-F]{0,8}|//  # a version, a colour; a pattern
   | [^\n]*(?:\[\^|\[a-zA-Z|\(\?[:=!<P]|\\[wdsWDS](?:[+*\])]|\Z))[^\n]*"""
-# Prefixes of issuers, each before a run of at least 16 word characters and dashes.
+# Prefixes of issuers, each before 16 word characters or dashes.
 TOKEN_PREFIXES = r"""
 gh[opsur]_ github_pat_ gl(?:pat|dt|rt|rtr|cbt|ptt|ft|imt|agent|oas|soat|ffct|wt)- xox[abceoprs]- xapp- xwfp-
 [sr]k_(?:live|test)_ whsec_ sk-ant- sk-proj- sk-svcacct- sk-admin- sk-or- sk-(?=[a-zA-Z_-]{0,40}[0-9]) gsk_
@@ -1361,26 +1353,26 @@ _CALL_WORDS = _words_in("""auth credential passw crypt cipher hmac jwt keyspec p
 signer signwith pdo aes fernet hashpw cookieparser""")
 _CALLS = rf"(?i)(?:{'|'.join(sorted(_CALL_WORDS))})\w{{0,16}}(?:(?:\.|::|->)\w{{1,16}})?\("
 _LITERAL = r"""["'`]([^\s"'`\\/,]{8,128})["'`]|\)[;\s]|\n"""
+_ASKS = r"""(?x:sudo\s+-\w*S|stdin|-with-token|passwd|kinit|cryptsetup|se-fd
+  |(?:env|secrets?)[ ](?:\w+[ ])?(?:put|set|add))"""
 # The rule ~ texts of which one must be there ~ what the last group must pass ~ the pattern: without a group a
 # quoted value follows.
 _PLACES = r"""
 a password in a URL ~ :// ~ ~ ://(?!\[)<USER>:(?![0-9]+(?:[/?#\s]|\Z))([^\s/?#"'<>\\`]+(?=@)
  |[^\s"'<>\\`]{1,300}(?=@))
 a token in a URL ~ :// ~ secret ~ ://([^\s/?#"'<>\\`:@]{16,200})(?=@)
-a private key ~ -----begin ~ ~ (-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,9}-----[\s\S]*?
- (?:-----END[^\n-]{0,60}--|\Z)-*)
+a private key ~ -----begin|private-lines ~ ~ (-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,9}-----[\s\S]*?
+ (?:-----END[^\n-]{0,60}--|\Z)-*)|Private-Lines:[ ]\d+\s+((?:[\w+/=]{4,}\s{0,2}(?![A-Z]\w+-))+)
 credentials after Bearer ~ bearer ~ ~ \b(?i:bearer)[ \t]+((?=[A-Za-z_.~+/-]{0,40}[0-9])[\w.~+/-]{8,}=*
  |[\w.~+/-]{24,}=*)
 credentials after Basic ~ basic ~ basic ~ \b(?i:basic)[ \t]+([A-Za-z0-9+/]{8,}={0,2})
 a password in a connection string ~ :thin:|@tcp(|@unix(|@localhost|@127.|@10.|@192.168.|@172. ~ ~
  :thin:[^\s/@]{1,64}/([^\s@]{1,128})(?=@)|(?<![\w./-])[\w.-]{1,64}:([^\s"'`/]{1,128})
  (?=@(?:(?:tcp|unix)\(|localhost\b|1(?:0|27|72|92\.168)\.))
-a password beside its user ~  -u| --user|creds| --proxy-u ~ secret ~
- \s(?:-u|-U|--(?:proxy-)?user|--(?:src-|dest-)?creds)[ =]["']?[^\s:'"=/]{1,64}:
- (?!\S*//|[0-9]+(?!\S))([^\s'"]+)
-a password beside its user ~  -p ~ secret ~ \s(?:-u|-U|-l|-n|--user|--username|--login)
- [ =]?["']?[\w.@\\-]{1,64}["']?(?:\s-\S+(?:\s[^\s-]\S*)?){0,4}?\s-(?:p|P|pw|pass)[ ]
- (?![0-9]+(?!\S))([^\s'"|:/]{6,64})(?!\S)
+a password beside its user ~  -u| --user|creds| --proxy-u ~ secret ~ \s(?:-u|-U|--(?:proxy-)?user
+ |--(?:src-|dest-)?creds)[ =]["']?[^\s:'"=/]{1,64}:(?!\S*//|[0-9]+(?!\S))([^\s'"]+)
+a password beside its user ~  -p ~ secret ~ \s(?:-u|-U|-l|-n|--user|--username|--login)[ =]?["']?[\w.@\\-]
+ {1,64}["']?(?:\s-\S+(?:\s[^\s-]\S*)?){0,4}?\s-(?:p|P|pw|pass)[ ](?![0-9]+(?!\S))([^\s'"|:/]{6,64})(?!\S)
 a password beside its user ~ sqlplus|expdp|impdp|sqlldr ~ ~ \b(?:sqlplus|expdp|impdp|sqlldr)\s
  (?:-\S+\s){0,4}[\w."]{1,64}/([^\s@/]{1,128})
 a secret of a device ~ community|setuser|on >|secret |password |key  ~ ~ \bcommunity[ ]+(\S{4,64})[ ]+
@@ -1404,9 +1396,8 @@ a password beside its user ~ login: |credentials|creds ~ secret ~ (?i)\b(?:login
 what shall be a password ~ as the |as your |as my ~ secret ~ (?i)\buse[ ]([^\s"']{6,64})[ ]as
  [ ](?:the|your|my)[ ](?:\w{1,12}[ ])?(?:password|passphrase|token|key|secret|pin)\b
 what is piped to a prompt ~ cho|printf ~ ~ \b(?:echo|printf)[ ]+(?:-n[ ]+|['"]?%s(?:\\n)?['"]?[ ]+)?['"]?
- (?:[\w.@-]{1,64}:(?=[^|\n]{1,200}chpasswd))?([^\s'"|$][^'"|\n]{0,200}?)['"]?[ ]*\|(?=[^|;\n]{0,200}
- (?:sudo\s+-\w*S|stdin|-with-token|chpasswd|kinit|secrets?[ ](?:\w+[ ])?(?:put|set|add)|cryptsetup|se-fd))
-what is handed to a prompt ~ <<< ~ ~ (?<!["'])<<<[ ]?(?=["'])
+ (?:[\w.@-]{1,64}:(?=[^|\n]{1,200}chpasswd))?([^\s'"|$][^'"|\n]{0,200}?)['"]?[ ]*\|(?=[^|;\n]{0,200}<ASKS>)
+what is handed to a prompt ~ <<< ~ ~ <ASKS>[^<|;\n]{0,200}<<<[ ]?(?=["'\w])
 IDENTIFIED BY ~ dentified|password for ~ ~ (?i:identified\s+(?:with\s+\S{1,60}\s+)?(?:by|as)\s+
  (?:password\s+)?|password\s+for\s[^=\n]{1,100}=\s*(?:password\()?)(?=["'])|\bIDENTIFIED\s+BY\s+([^\s"';(]+)
 an array of characters ~ chararray() ~ secret ~ "([^"\n]{4,200})(?="\.toCharArray\(\))
@@ -1418,6 +1409,8 @@ credentials of a user ~ auth|ogin|cred ~ ~ (?i:\b(?:\w{0,24}basic_?auth|\w{0,24}
  |\w{0,24}credentials?)\s?[=(][\s(]{0,3}<STRING>\s*,\s*)(?=b?["'])
 a password behind its scheme ~ ssha}|plain}|crypt}|sha}|d5} ~ ~ (?i)\{(?:S?SHA(?:256|512)?|PLAIN|S?MD5
  |[a-z0-9-]{0,12}CRYPT)\}([^\s:"',<>]{4,})
+the words of a wallet ~ mnemonic|phrase|seed ~ ~ (?:nemonic|hrase|eed)\W{1,6}(?:(?:is|words)\W{1,3})?
+ ((?:[a-z]{3,8}\s){11,23}[a-z]{3,8})\b
 a named social security number ~ ssn|social sec ~ ~ (?i:\b(?:ssn|social security(?: (?:number|num|no\.?))?)
  (?:\s{1,4}(?:is|was))?[\s:#=]{0,4})([0-9]{3}[ -]?[0-9]{2}[ -]?[0-9]{4})(?![\w-])
 """
@@ -1435,10 +1428,11 @@ docker podman buildah nerdctl helm oras crane oc az cf | login | -p ; htpasswd m
 gh az flyctl databricks | secret | -b --body --value --string-value ; 7z 7za 7zr 7zz rar unrar || -p+ -hp+
 curl http https xh || -E: --cert: --bearer. --oauth2-bearer. ; smbclient rpcclient smbget smbcacls net || -U%
 openssl || -k. -K. -hmac. -pass: -passin: -passout: ; poetry composer | http-basic\.[^\x1f]+ | #2
-xfreerdp signtool schtasks || /p /rp ; rabbitmqctl | [ac][a-z]+_[a-z]+ | #2 ; cargo vault | login | #1
-ansible-vault | encrypt_string | #1 ; wpa_passphrase || #2 ; isql iusql | -v | #3 ; ssh-keygen || -N -P
-vault | unseal | #1 ; mc mcli | set | #4 ; net | use | #2 #3 ; db2 | using | #1 ; net | user | #2
-influx doctl || -t. ; lftp || -u, ; poetry | pypi-token\.[^\x1f]+ | #1
+xfreerdp signtool schtasks || /p /rp ; rabbitmqctl | [ac][a-z]+_[a-z]+ | #2 ; crackmapexec netexec nxc || -p.
+ansible-vault | encrypt_string | #1 ; poetry | pypi-token\.[^\x1f]+ | #1 ; cargo vault | login | #1
+wpa_passphrase || #2 ; isql iusql | -v | #3 ; ssh-keygen || -N -P ; mc mcli | set | #4
+vault | unseal | #1 ; influx doctl || -t. ; net | use | #2 #3 ; dotnet | set | #2 ; db2 | using | #1
+net | user | #2 ; lftp || -u,
 """
 _LISTED_WORD = r"""["'](?:\s{0,4},\s{0,4}|\sa[0-9]{1,3}=)["']((?:[^"'\\]|\\.)*)(?=["'])"""
 _SHELL_WORD = r"""(?x)[ \t]+(?:\\\r?\n[ \t]*)*
@@ -1467,7 +1461,7 @@ _SQL_ITEM = rf"""\s*({_SQL_TEXT}|(?:\([^()]*\)|[^,()'"])*)\s*(?:,|\Z)"""
 # Values; characters of a value's beginning or end; longer values are no names and no remarks.
 _MAX_ECHOES, _MIN_ECHO, _MAX_DOUBTED = 64, 12, 1000
 _ASKING = r"(?i:get|env|input|prompt|read|load|ask|open|file|param|lookup|fetch|find|credential|require)\w*\("
-# Where a bare value would stand: a call or an index; an expression; a type; a sentence.
+# In a bare value's place: a call or an index; an expression; a type; a sentence.
 _SOURCE = r"""(?x)[\\&*$@%]{0,2}[A-Za-z_](?:[\w.]|\?\.|::|->)*(?:(?:<[\w, ]{1,40}>)?[(\[]|->) | \( | \\&\w
   | (?:new|await|yield|not|async|function)[ ] | [A-Za-z_.]+[ ][+%?][ ]
   | (?<==[ ])[A-Za-z_.]+[ ](?:or|and|if|else|\|\||&&)[ ]
@@ -1483,7 +1477,6 @@ _DIGITS = bytes.maketrans(b"123456789", b"000000000")
 
 
 def _argument_pattern(place: str, need: str) -> str:
-    """Return the pattern of a place in words joined by U+001F."""
     if place[0] == "#":  # `-x` and `/x` are no plain words, `/etc/x` is one
         flag = r"(?:-|/\w+(?::[^\x1f]*)?(?:\x1f|\Z))"
         skip, plain = rf"(?:\x1f(?={flag})[^\x1f]*)*", rf"\x1f(?!{flag})[^\x1f]+"
@@ -1505,7 +1498,8 @@ class _Rules:
         self.stems = _any_of((*STEMS, *own))
         self._places: list[tuple[str, Iterable[str], _Find]] = []
         for rule, gates, check, pattern in re.findall(r"(.+) ~ (.+) ~ (.*?)~\s+(.+(?:\n .+)*)", _PLACES):
-            pattern = pattern.replace("\n ", "").replace("<USER>", _USER).replace("<STRING>", _STRING)
+            for name, part in (("\n ", ""), ("<USER>", _USER), ("<STRING>", _STRING), ("<ASKS>", _ASKS)):
+                pattern = pattern.replace(name, part)
             accept = {"secret ": _looks_secret, "basic ": _is_basic}.get(check)
             find = functools.partial(self._placed, pattern=pattern, accept=accept)
             self._places.append((rule, gates.split("|"), find))
@@ -1532,7 +1526,6 @@ class _Rules:
         self._program = re.compile(rf"\b(?<![.-])(?:{any_program})(?:\.exe)?(?=[\s\"',])")
 
     def judge(self, name: str, tool: str = "") -> int:
-        """Return what `_judge_name` does, or 3, after the settings."""
         normal = _normal(name)
         for entry in ((tool, normal), ("", normal)) if self.redact or self.keep else ():
             if entry in self.redact or entry in self.keep:
@@ -1566,13 +1559,12 @@ class _Rules:
                     inner = re.findall(pattern, secret)
                     taken += [(rule, part) for part in [secret, *inner[:_MAX_ECHOES]]]
             text = "".join([*out, text[done:]]) if out else text
-        for _, secret in taken:  # it may stand at another place as well
+        for _, secret in taken:  # elsewhere as well
             if len(secret) >= 8 and secret in text and _looks_secret(secret):
                 text = text.replace(secret, self.mark(secret))
         return text, taken
 
     def _sieves(self, text: str, low: str, led: bool) -> Iterator[tuple[str, _Find]]:
-        """Yield what may find secrets in a text, in this order."""
         if led or " -" in text or " /" in text or '"-' in text or "'-" in text or "net us" in low:
             if not self.programs.keys().isdisjoint(_re(r"[a-z0-9][\w-]+").findall(low)):
                 yield "an argument of a command", self._arguments
@@ -1602,7 +1594,6 @@ class _Rules:
         return f"[REDACTED:{digest[:8]}]"
 
     def _placed(self, text: str, pattern: str, accept: Callable[..., bool] | None = None) -> Iterator[_Span]:
-        """Yield a pattern's last group, or the value behind it."""
         for match in _re(pattern).finditer(text):
             span = match.span(match.lastindex) if match.lastindex else self._extent(text, match.end())
             value = text[slice(*span)]
@@ -1610,7 +1601,6 @@ class _Rules:
                 yield span
 
     def _is_none(self, value: str) -> bool:
-        """Return True if a word stands for a secret, or had one."""
         return "[REDACTED" in value or _re(_PLACEHOLDER).fullmatch(value) is not None
 
     def _literals(self, text: str) -> Iterator[_Span]:
@@ -1660,7 +1650,6 @@ class _Rules:
                 at = row.end()
 
     def _cells(self, text: str) -> Iterator[_Span]:
-        """Yield a table's cells under or behind a sensitive name."""
         # Cells of the table that is read, cells of the line before, columns that are hidden.
         columns, before, hidden, sign = 0, 0, list[int](), ""
         for row in re.finditer(r"(?m)^(?=.*[^-=+:| \t\r\n]).+", text):
@@ -1689,7 +1678,6 @@ class _Rules:
                     yield first, first + len(cell)
 
     def _named(self, text: str) -> Iterator[_Span]:
-        """Find a stem, widen it to a name, judge it, yield its value."""
         low, done, at = _lower(text), 0, 0
         while stem := self.stems.search(low, at):
             at = stem.end() - (text[stem.end() - 1] == "=")  # of `sig=`
@@ -1705,11 +1693,10 @@ class _Rules:
             if strength and (span := self._value(text, start, lead, name, strength)):
                 if span[0] < span[1] and _re("(?:[A-Za-z]+[0-9]+){3}").search(name):
                     span = start, span[1]  # a secret with a colon
-                yield span  # an empty one passes it
+                yield span
                 done = at = max(at, span[1])
 
     def _strength(self, text: str, start: int, name: str, lead: re.Match[str]) -> int:
-        """Judge a name, to which the word before may belong (`API key: …`)."""
         if name[-1] == "." and lead.lastgroup == "option":  # the end of a sentence
             return 0
         if name == "sig" and text[start - 1 : start] in ("?", "&", ";"):
@@ -1761,6 +1748,7 @@ class _Rules:
             doubtful = strength < 2 or low == "pass"
             names = bare_key or (doubtful and not _looks_secret(shown)) or (low == "pass" and " " in shown)
             said = shown.count(" ") > 2 and low not in _PASSWORDS
+            said = said or (text[value[0] - 1] == "`" and (low == "pass" or not _is_mixed(shown)))
             return None if names or said or (low in _REFERENCES and not name.isupper()) else value
         if kind == "prose" or (kind == "option" and not flag):
             return None if flag or before == "/" else self._spoken(text, line, at, kind, low, strength)
@@ -1775,7 +1763,6 @@ class _Rules:
         return self._assigned(text, line, at, name, strength, text[lead.end("rest") : at])
 
     def _spoken(self, text: str, line: str, at: int, kind: str, name: str, strength: int) -> _Span | None:
-        """Return the word behind a name and `is` or a space, or None."""
         shown = text[at : self._bare_end(text, at)].rstrip(".,:;)!")
         size = len(shown)
         if self._is_none(shown) or not _looks_secret(shown) or re.match(r"\w+[(=]|[\[(<]", shown):
@@ -1801,7 +1788,7 @@ class _Rules:
         if len(shown) > _MAX_DOUBTED:
             return value
         bare_key, called = name in ("key", "keys") and strength < 2, "(" in wrapper
-        weak = strength < 2 and not _looks_secret(shown)
+        weak = strength < 2 and (not _looks_secret(shown) or (bare_key and shown.isalpha()))
         typed = quoted and lead == ": " and re.fullmatch(r"_?[A-Z][A-Za-z]+(?: \| None)?", shown)
         own = shown and f"_{name}".endswith(tuple(sign + shown.lower() for sign in "._-"))  # `token=token`
         if (
@@ -1847,7 +1834,7 @@ class _Rules:
         if re.split(r"[\[|(]", shown.rstrip(".,:;!").lower(), maxsplit=1)[0] in _REMARKS:
             return passed
         queried = line[-1:] in ("?", "&") and lead == "="
-        entry = name in _REFERENCES and re.match(r"[a-z_]{2,20}=[^=\s]", shown)  # `credentials: username=u`
+        entry = name.strip("-") in (*_REFERENCES, "auth") and re.match(r"[a-z_]{2,20}=[^=\s]", shown)
         directory = name in ("pwd", "oldpwd") and re.match(r"[/~]|[A-Za-z]:\\", shown)
         short = bare_key and not queried and (len(shown) < 12 or re.search("[:/]", shown))
         asked = (lead[-1:] != "=" or name in ("key", "pass", "pin", "auth")) and not queried
@@ -1904,7 +1891,6 @@ class _Rules:
         return at, self._until(text, at, stop)
 
     def _until(self, text: str, at: int, pattern: str = r"\\[rn]|[\r\n]") -> int:
-        """Return where a pattern (an end of line) or the text's end is."""
         return next(_re(rf"{pattern}|\Z").finditer(text, at)).start()
 
     def _bare_end(self, text: str, at: int) -> int:
@@ -1928,7 +1914,7 @@ class _Rules:
                     end = sign.end()
                     break
             return at, self._bare_end(text, end) if re.match(r"\w", text[end : end + 1]) else end
-        block = _re(r"[|>][+-]?[ \t]*\n([ \t]+)[^\n]*(?:\n\1[^\n]*)*").match(text, at)
+        block = _re(_BLOCK).match(text, at)
         return at, block.end() if block else self._bare_end(text, at)
 
 
@@ -1990,7 +1976,7 @@ def _members(value: object) -> dict[str, Any] | None:
         return None
     members = {}
     for field in fields:
-        name = field if isinstance(field, str) else field.name  # attrs describes them by objects
+        name = field if isinstance(field, str) else field.name
         try:
             members[name] = getattr(value, name)
         except BaseException as error:
@@ -2048,12 +2034,15 @@ _MAX_HARMLESS, _MAX_HARMLESS_CHARS = 4096, 64
 _CARD_NUMBERS = 10**12  # an integer from here on may be a card's number
 _SLACK = 4096  # characters read beyond what is kept, so that no secret is cut in half
 _LABELS = _words_in("""name key header field param parameter property variable attribute setting label element
-selector path id type column""")
-_VALUES = _words_in("value values val default content text newvalue new_value")
+selector path id type column title prompt question locator xpath""")
+_VALUES = _words_in("value values val default content text new_value")
 _COLUMN_LISTS = _words_in("columns column_names columnnames headers header fields cols schema")
-_ROW_LISTS = _words_in("rows values data records")
+_ROW_LISTS = _words_in("rows values data records stringdata")
 _PROGRAMS = _words_in("command cmd program executable")
-_ARGUMENTS = _words_in("args argv arguments")
+_ARGUMENTS = _words_in("args argv arguments params parameters bindings")
+_QUERIES = _words_in("sql query statement")
+_CONFIRMS = _words_in("secret sensitive issecret is_secret masked")
+_VALUE_ENDS = ("value", "answer", "response", "keys")
 # A key's value goes; booleans too, by a setting; its text holds a secret, or it is no text; siblings decide.
 _SENSITIVE, _CERTAIN, _ODD, _BESIDE = 1, 3, 4, 8
 
@@ -2080,7 +2069,8 @@ class _Verdicts(dict[str, int]):
             return 0
         verdict = (0, _SENSITIVE, _SENSITIVE, _CERTAIN)[self.rules.judge(name, self.tool)]
         low = name.lower()
-        if low in _VALUES | _ROW_LISTS | _ARGUMENTS or (low == "key" and verdict == _SENSITIVE):
+        beside = low.endswith(_VALUE_ENDS) or low in _VALUES | _ROW_LISTS | _ARGUMENTS
+        if beside or (low == "key" and verdict == _SENSITIVE):
             verdict |= _BESIDE
         if self.rules.clean(name)[0] != name:
             return verdict | _ODD
@@ -2096,7 +2086,6 @@ class _Verdicts(dict[str, int]):
         return verdict
 
     def is_label(self, item: object) -> bool:
-        """Return True for a sensitive name, or a `Password field` of a page."""
         said = _label(item)
         if not 2 < len(said) <= _MAX_NAME_CHARS or not self.rules.stems.search(_lower(said)):
             return False
@@ -2118,11 +2107,9 @@ class _Walk:
             self.max_nodes = limit // 2
 
     def plain(self, value: object) -> Any:
-        """Convert a value without redacting it; never record what comes of it."""
         return json.loads(_Walk(_Verdicts(self.rules, None)).value(value, None))
 
     def declared(self, definition: object) -> _Declared | None:
-        """Return what a definition hides; most are JSON, and hide nothing."""
         if type(definition) is dict:
             with suppress(Exception):
                 text = encode_json(definition)
@@ -2130,7 +2117,6 @@ class _Walk:
         return _declare(self.plain(definition))
 
     def marker(self, value: object) -> str:
-        """Return a secret's marker, and collect what it may echo as."""
         if self.quiet:
             return REDACTED
         plain = value if type(value) is str else self.plain(value)
@@ -2150,7 +2136,6 @@ class _Walk:
         return '"[DEPTH]"' if len(self.open) >= _MAX_DEPTH else encode_text(f"[CUT: {count} items]")
 
     def value(self, value: Any, declared: _Declared | None) -> str:
-        """Write one value by its exact type; unusual types take longer."""
         kind = type(value)
         # A number in the place of an object with a secret part: nobody knows what it means.
         if declared is not None and (declared.sensitive or kind in (int, float)):
@@ -2180,7 +2165,6 @@ class _Walk:
             return encode_text(hex(value) if kind is int else f"<unprintable {_type_name(value)}>")
 
     def mapping(self, value: dict[Any, Any], declared: _Declared | None, ident: int = 0) -> str:
-        """Write a mapping; one with odd keys is renamed first."""
         opened, ident = self.open, ident or id(value)
         value = value.copy()  # another thread may change it
         self.nodes = nodes = self.nodes + len(value)
@@ -2221,20 +2205,39 @@ class _Walk:
         return self.text(plain if isinstance(plain, str) else json.dumps(plain), None)
 
     def beside(self, name: str, verdict: int, item: Any, value: dict[Any, Any]) -> tuple[int, Any]:
-        """Return a field's verdict and value after a look at its siblings."""
         for key, said in value.items():
             label = _label(key).lower()
             # `{"name": "API_KEY", "value": …}`: the verdict on the label is that on the value.
-            if name in _VALUES and label in _LABELS:
-                verdict |= self.verdicts.is_label(said)
+            if name.endswith(_VALUE_ENDS) or name in _VALUES:
+                named = label in _LABELS or label.endswith(("name", "key"))
+                verdict |= (named and self.verdicts.is_label(said)) or (said is True and label in _CONFIRMS)
             # A key beside its value is a label, and stays where it reads like one.
             elif name == "key" and label in _VALUES:
                 verdict &= ~_SENSITIVE if re.fullmatch("[A-Za-z][A-Za-z_. ]{0,63}", _label(item)) else -1
-            elif name in _ROW_LISTS and label in _COLUMN_LISTS:
+            if name in _ROW_LISTS and label in _COLUMN_LISTS:
                 item = self.rows(item, said)
+            elif name[-4:] == "data" and (label, said) == ("kind", "Secret") and type(item) is dict:
+                item = {
+                    key: self.marker(one) if _looks_secret(_label(one)) else one for key, one in item.items()
+                }
             elif name in _ARGUMENTS and label in _PROGRAMS and type(item) in (list, tuple):
                 item = self.arguments([said, *item])[1:]
+            elif label in _QUERIES and type(item) in (list, tuple):
+                item = self.bound(_label(said), item)
         return verdict & _CERTAIN, item
+
+    def bound(self, query: str, values: Sequence[Any]) -> list[Any]:
+        """Hide what would be hidden in place of a query's placeholder."""
+        if not self.rules.stems.search(_lower(query)):
+            return list(values)
+        if values and type(values[0]) in (list, tuple):
+            return [self.bound(query, row) if type(row) in (list, tuple) else row for row in values]
+        count = itertools.count(1)
+        probe = re.sub(
+            r"(?<!\?)\?(?!\?)|%s|[$:]([0-9]+)", lambda at: f"'Zq7-{at[1] or next(count)}'", query[:20_000]
+        )
+        hidden = {secret for _, secret in self.rules.clean(probe)[1]}
+        return [self.marker(one) if f"Zq7-{at}" in hidden else one for at, one in enumerate(values, 1)]
 
     def rows(self, rows: Any, heads: Any) -> Any:
         if not {type(rows), type(heads)} <= {list, tuple}:
@@ -2256,7 +2259,6 @@ class _Walk:
         return words
 
     def sequence(self, value: Any, declared: _Declared | None, ident: int = 0) -> str:
-        """Write a sequence, in which an item may name the next."""
         opened, ident = self.open, ident or id(value)
         value = value[:]  # another thread may change it
         self.nodes = nodes = self.nodes + len(value)
@@ -2279,7 +2281,7 @@ class _Walk:
             value = self.arguments(list(value))
         elif type(first) in (list, tuple) and 1 < len(first) < 1000 and len(value) > 1:
             # The first row may be the head; pairs are no rows.
-            named = all(type(cell) is str and not _looks_secret(cell) for cell in first)
+            named = all(is_label(cell) or (type(cell) is str and not _looks_secret(cell)) for cell in first)
             if named and not (len(first) == 2 and is_label(first[0])):
                 value = [first, *self.rows(value[1:], first)]
         out: list[str] = []
@@ -2339,7 +2341,6 @@ class _Walk:
         return "[" + ",".join(map(row.__mod__, zip(*columns))) + "]"
 
     def other(self, value: Any, kind: type, declared: _Declared | None) -> str:
-        """Write what is not of JSON's own types by what it holds."""
         if issubclass(kind, (bytes, bytearray)) and self.limit and len(value) > self.limit + _SLACK:
             note = f"…[CUT: {len(value)} bytes]"
             return encode_text(self.text(str(_content(value[: self.limit + _SLACK], bytes)), declared) + note)
@@ -2349,7 +2350,6 @@ class _Walk:
         return str(write(content, declared, id(value)) if write else self.value(content, declared))
 
     def text(self, text: str, declared: _Declared | None) -> str:
-        """Clean a text; one that holds JSON is walked as what it holds."""
         if self.verdicts.tool is None:
             return text
         note = ""
@@ -2517,9 +2517,7 @@ class Redactor:
                 taken = self._rules.clean(before)[1] if isinstance(before, str) else ()
                 rules = " and ".join(dict.fromkeys(rule for rule, _ in taken)) or "what stands beside it"
                 words, judge = _name_words(name), self._rules.strength
-                parts = (
-                    " ".join(words[at:end]) for end in range(len(words) + 1) for at in reversed(range(end))
-                )
+                parts = (" ".join(words[i:j]) for j in range(len(words) + 1) for i in reversed(range(j)))
                 named = f"{next((each for each in parts if judge(each) >= strength), name)!r} in its name"
                 why = (rules, named, named, "listed under `redact`")[strength]
                 yield path, "declared sensitive" if part else why
