@@ -1154,7 +1154,7 @@ def _unglue(word: str) -> list[str]:
 
 def _name_words(name: str) -> list[str]:
     if not name.isascii():
-        import unicodedata  # takes 1 ms
+        import unicodedata
 
         name = unicodedata.normalize("NFKC", name)
     words: list[str] = []
@@ -1212,7 +1212,6 @@ def _normal(name: str) -> str:
 
 
 def _read_names(entries: Iterable[str]) -> frozenset[tuple[str, str]]:
-    """Read (tool or "", name); `a.b` is a name and one tool's."""
     parts = (part for entry in entries for part in (entry.rpartition("."), ("", "", entry)))
     return frozenset((_normal(tool), _normal(name)) for tool, _, name in parts)
 
@@ -1242,7 +1241,7 @@ _SEPARATOR = r"""(?x)(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
       [ ]?=[ ]?(?=[bBrRuUfF]{0,2}["'`]))
   | (?P<assign>\\{0,32}(?:["'`]|\*\*)?(?:\[\]|\])?[ \t]{0,40}
       (?:=>|->[ ]|:=|[!<>=|?]{0,2}=|<>|<-[ ]|::[ ]|:(?![:/]))(?:\*\*)?
-      (?:[ \t]{9,40}(?=\S)|\s{0,8})(?:!!\w{1,16}\s{1,4})?)
+      (?:[ \t]{9,40}(?=\S)|\s{0,8})(?:!!\w{1,16}\s{1,4}|[(\\]\r?\n\s{0,16}(?=["']))?)
   | (?P<sibling>(?:\\{0,32}["']|\r?\n)\s{0,64},?\s{0,8}\\{0,32}["']?[vV]alue\\{0,32}["']?\s{0,8}[=:]\s{0,8}
       | ["']?[ \t]{1,4}-[vV]alue[ \t]{1,4} | </(?:key|name)>\s{0,64}(?:<(?:string|value)>){1,2}
       | ["']\s{0,4}\{(?:\s{0,16}[a-z]{4,12}\s{0,16}=[^\n]{0,200}\n){0,4}?\s{0,16}default\s{0,16}=\s{0,8})
@@ -1588,7 +1587,7 @@ class _Rules:
             return secret
         if self.key is None:
             return REDACTED
-        import hmac  # takes 7 ms
+        import hmac
 
         digest = hmac.new(self.key, secret.encode("utf-8", "surrogatepass"), "sha256").hexdigest()
         return f"[REDACTED:{digest[:8]}]"
@@ -1624,7 +1623,7 @@ class _Rules:
         return sorted(found)
 
     def command_secrets(self, words: list[str]) -> Iterator[tuple[int, int, int]]:
-        """Yield secret arguments as (word, start in it, end in it)."""
+        """Yield (word, start, end)."""
         for at, word in enumerate(words):
             rules = self.programs.get(re.split(r"[/\\]", word)[-1].removesuffix(".exe"), ())
             line = "\x1f".join(words[at : at + 64]) if rules else ""  # arbitrary
@@ -1663,12 +1662,17 @@ class _Rules:
             shown = [cell[0].strip(" \t\"'`*\r\n") for cell in cells]
             columns, before, inner = columns if columns == len(cells) else 0, len(cells), before == len(cells)
             if not columns:
-                hidden = [i for i, cell in enumerate(shown) if len(cell) <= 40 and self.strength(cell)]
+                paired = "value" in map(str.lower, shown)  # beside it, `key` is a label
+                hidden = [
+                    i for i, cell in enumerate(shown) if len(cell) <= 40 and self.strength(cell) > paired
+                ]
                 signs = " .()" if sign in "|\t" else " "
                 heads = sum(map(bool, shown)) > 1 and re.fullmatch(rf"[\w{signs}#/\n-]*", "\n".join(shown))
                 columns = len(cells) if heads and hidden and not inner else 0
                 value = max(hidden, default=-2) + 1  # `| API key | X |`
-                if row[0].lstrip()[:1] != "|" or not any(map(_looks_secret, shown[value:][:1])) or value < 0:
+                bare = value == len(cells) - 1 == 1 and re.fullmatch(r"[^\s.(]+", "".join(shown))
+                own = row[0].lstrip()[:1] == "|" or (bare and _is_mixed(shown[1]))
+                if not own or not any(map(_looks_secret, shown[value:][:1])) or value < 0:
                     continue
                 hidden, columns = [value], 0
             for index in hidden:
@@ -1722,7 +1726,7 @@ class _Rules:
             shown = text[at : min(end, at + 300)].strip()
             label = re.fullmatch("[A-Z]?[a-z]+(?: [A-Za-z]+){0,5}", shown) and self.strength(shown)
             return None if label or self._is_none(shown) or shown in left else (at, end)
-        if kind == "part":  # of a form
+        if kind == "part":
             return (at, self._until(text, at)) if re.search(r' name=[\\"]*\Z', left) else None
         if kind == "percent":
             return at, self._until(text, at, r"""[\s&;'"<>]|%(?:25)?(?:26|3[bB]|0[aAdD]|2[27]|7[dD])""")
@@ -1803,7 +1807,8 @@ class _Rules:
             or (own and (not quoted or strength < 2 or called))
         ):
             return passed
-        if re.match(r"[\\\"'*`]*:\s*\n", lead) and line.strip(" \t-\"'"):
+        empty = "=" in lead and "\n" in lead and not quoted
+        if empty or (re.match(r"[\\\"'*`]*:\s*\n", lead) and line.strip(" \t-\"'")):
             return None  # `if password:`
         if quoted or text.startswith(("[", "{"), at):
             function = lead == " => " and text[at] == "{"
@@ -1897,7 +1902,6 @@ class _Rules:
         return next(_re(_BARE).finditer(text, at)).end()
 
     def _extent(self, text: str, at: int) -> _Span:
-        """Return a value's place: quoted, bracketed, a YAML block, or bare."""
         if quote := _re(_QUOTE).match(text, at):
             own, twice = quote[2], "|''" if quote[2] == "'" else ""
             inner = rf"(?s)[^{own}\\]*(?:(?:\\.{twice})[^{own}\\]*)*"
@@ -2382,7 +2386,6 @@ class _Walk:
 
 
 def _spellings(text: str) -> dict[str, None]:
-    """Return a text as it is, and as errors, URLs and Base64 write it."""
     from html import escape  # only for errors
     from urllib.parse import quote, quote_plus
 
@@ -2406,7 +2409,6 @@ def _without_echo(text: str, form: str, marker: str) -> str:
 
 
 def without_echoes(text: str, echoes: Iterable[str], mark: Callable[[str], str]) -> str:
-    """Return a text without the values, whole, cut short or encoded."""
     forms = set(echoes)
     forms |= {echo.partition(" ")[2] for echo in forms if echo.partition(" ")[0].lower() in _SCHEMES}
     for echo in sorted(forms, key=len, reverse=True):

@@ -553,6 +553,12 @@ def test_scrub_any_text_twice_is_like_once(text: str) -> None:
         ("docker build --secret id=npm,src=.npmrc", "docker build --secret id=npm,src=.npmrc"),
         ("$('#password').value = 'Zq7Vent'", f"$('#password').value = '{REDACTED}'"),
         ("credentials: omit", "credentials: omit"),
+        ("DB_PASSWORD=\nDB_ENABLED=1", "DB_PASSWORD=\nDB_ENABLED=1"),
+        ("DB_PASSWORD=\nAPI_TOKEN=Zq7Vent", f"DB_PASSWORD=\nAPI_TOKEN={REDACTED}"),
+        ("app.secret_key = (\n    'Zq7Vent'\n)", f"app.secret_key = (\n    '{REDACTED}'\n)"),
+        ("password = \\\n    'Zq7Vent'", f"password = \\\n    '{REDACTED}'"),
+        ("Key | Value\nAPI_TOKEN | Zq7Vent4Lm\nTZ | UTC", f"Key | Value\nAPI_TOKEN | {REDACTED}\nTZ | UTC"),
+        ("name,value\nDB_PASSWORD,Zq7Vent4Lm\nTZ,U", f"name,value\nDB_PASSWORD,{REDACTED}\nTZ,U"),
         ("seed phrase: " + "abandon " * 11 + "about", f"seed phrase: {REDACTED}"),
     ],
 )
