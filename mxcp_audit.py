@@ -975,16 +975,15 @@ def _words_by_head(text: str) -> dict[str, frozenset[str]]:
     return {head: _words_in(words) for head, words in re.findall(r"(\w+):([^:]*)(?=\s\w+:|\Z)", text)}
 
 
-# The specification's names; secrets anywhere; what still means the secret behind these, where other words
-# tell of it (its policy, place); behind `key` a document; what before a secret makes a switch of it, or
-# only before a strong one; what is glued to secrets, as all above are (`dbpass`); no secrets; other stems.
+# The specification's; secrets anywhere; behind these, still the secret, not its policy; behind `key`, a
+# document; before a secret, a switch; likewise if it is strong; glued to it (`dbpass`); none; other stems.
 _NAME_WORDS = _words_by_head("""
 spec: password passwd pwd secret token key apikey auth authorization credential ssn creditcard cardnumber
 strong: password passwd pwd pw passphrase passcode secret credential cred apikey ssn cvv cvc csc otp totp pat
-  creditcard codeverifier securityanswer assertion psk pfx dockerconfigjson dockercfg kubeconfig jsessionid
-  phpsessid sessid privkey requirepass masterauth authtok motdepasse passwort kennwort contrasena contraseña
-  senha wachtwoord passord lösenord adgangskode hasło heslo jelszó salasana şifre пароль 密码 密碼 口令
-  パスワード 暗証番号 비밀번호 암호 סיסמה
+  mnemonic creditcard codeverifier securityanswer assertion psk pfx dockerconfigjson dockercfg kubeconfig
+  jsessionid phpsessid sessid privkey requirepass masterauth authtok motdepasse passwort kennwort contrasena
+  contraseña senha wachtwoord passord lösenord adgangskode hasło heslo jelszó salasana şifre пароль 密码
+  密碼 口令 パスワード 暗証番号 비밀번호 암호 סיסמה
 still: value string str text plain plaintext cleartext base b binary raw hex encoded encrypted hash digest
   data content body material blob override new old current previous confirm confirmation repeat again
   verification verify primary secondary main backup default dev prod production test testing staging live
@@ -1002,7 +1001,7 @@ stems: sensitive social verifier answer saml json card ccn cc_n cc-n community a
 """)
 SPEC_NAMES, STRONG_WORDS, STILL_SECRET, KEY_DOCUMENTS = list(_NAME_WORDS.values())[:4]
 FLAG_WORDS, VERBS, GLUE_WORDS, NO_SECRETS, _STEMS = list(_NAME_WORDS.values())[4:]
-# Two words that are one: of forms, or torn apart (`passWord`); imagePullSecrets are names of secrets.
+# Two words that are one: of forms, or torn apart (`passWord`); imagePullSecrets are names.
 _PHRASES = _words_by_head("""
 creditcard: credit+card debit+card payment+card card+number card+num card+no cc+number cc+num cc+no
   primary+account  cvv: card+verification  ssn: social+security
@@ -1045,7 +1044,7 @@ code: authorization auth oauth mfa otp totp pin recovery backup security secret 
   access device reset login time cvv cvc card token  cookie: session auth http request set login
 signature: amz goog access
 """)
-# A secret whatever is glued before it (`csrfmiddlewaretoken`), but for a few words.
+# A secret whatever is glued before it (`csrfmiddlewaretoken`).
 GLUED_SUFFIXES = r"""(?x)(?:密[码碼]|パスワード|비밀번호|pass(?:phrase|word|code|wd)?|credential|secret
   |token|pwd?|psk|(?:access|secret|private|api)key)s?$"""
 
@@ -1057,12 +1056,10 @@ STEMS = [stem for stem in _STEMS if not any(part in stem and part != stem for pa
 
 
 def _singular(word: str) -> str:
-    """Return the word that the lists know: `keys` is `key`, `pass` stays."""
     return word[:-1] if word[-1:] == "s" and word[:-1] in _KNOWN_WORDS else word
 
 
 def _unglue(word: str) -> list[str]:
-    """Split a word such as `accesstoken` into known words."""
     if _singular(word) in _KNOWN_WORDS or len(word) < 5 or word in NO_SECRETS:
         return [word]
     splits: dict[int, list[str]] = {len(word): []}
@@ -1080,9 +1077,8 @@ def _unglue(word: str) -> list[str]:
 
 
 def _name_words(name: str) -> list[str]:
-    """Split names such as `X-API-Key`, `JWTSecret`, `password2`."""
     if not name.isascii():
-        import unicodedata  # takes 1 ms
+        import unicodedata
 
         name = unicodedata.normalize("NFKC", name)
     words: list[str] = []
@@ -1140,13 +1136,11 @@ def _normal(name: str) -> str:
 
 
 def _read_names(entries: Iterable[str]) -> frozenset[tuple[str, str]]:
-    """Read (tool or "", name); `a.b` is a name and one tool's."""
     parts = (part for entry in entries for part in (entry.rpartition("."), ("", "", entry)))
     return frozenset((_normal(tool), _normal(name)) for tool, _, name in parts)
 
 
 def _any_of(words: Iterable[str]) -> re.Pattern[str]:
-    """Compile a search for words, grouped by first letters for speed."""
     groups = itertools.groupby(sorted(set(words)), key=lambda word: word[0])
     ends = ((first, "|".join(re.escape(word[1:]) for word in group)) for first, group in groups)
     return re.compile("|".join(f"{re.escape(first)}(?:{rest})" for first, rest in ends))
@@ -1209,7 +1203,7 @@ _PLACEHOLDER = r"""(?x)(?:(?i:bearer|basic|token)[ ]+(?=[$%{<*.x]))?(?:
   | (?=[^\n]*[%{][a-z_])(?:[^\w{}%]|%[sdr]|\{[a-z_][\w.]*(?:[!:\[(][^{}\n]{0,40})?\})+|__\w+__|[$@&:][a-z_]+
   | [\^~v]?[0-9]{1,3}(?:\.[0-9]{1,3}){1,3}|\#[0-9a-fA-F]{0,8}|//  # a version, a colour; a pattern
   | [^\n]*(?:\[\^|\[a-zA-Z|\(\?[:=!<P]|\\[wdsWDS](?:[+*\])]|\Z))[^\n]*"""
-# Prefixes of issuers, each before a run of at least 16 word characters and dashes.
+# Prefixes of issuers, each before 16 word characters or dashes.
 TOKEN_PREFIXES = r"""
 gh[opsur]_ github_pat_ gl(?:pat|dt|rt|rtr|cbt|ptt|ft|imt|agent|oas|soat|ffct|wt)- xox[abceoprs]- xapp- xwfp-
 [sr]k_(?:live|test)_ whsec_ sk-ant- sk-proj- sk-svcacct- sk-admin- sk-or- sk-(?=[a-zA-Z_-]{0,40}[0-9]) gsk_
@@ -1286,12 +1280,10 @@ credentials after Basic, Base64 of a colon and more ~ basic ~ ~ \b(?i:basic)[ \t
 a password in a connection string ~ :thin:|@tcp(|@unix(|@localhost|@127.|@10.|@192.168.|@172. ~ ~
  :thin:[^\s/@]{1,64}/([^\s@]{1,128})(?=@)|(?<![\w./-])[\w.-]{1,64}:([^\s"'`/]{1,128})
  (?=@(?:(?:tcp|unix)\(|localhost\b|1(?:0|27|72|92\.168)\.))
-a password beside its user ~  -u| --user|creds| --proxy-u ~ secret ~
- \s(?:-u|-U|--(?:proxy-)?user|--(?:src-|dest-)?creds)[ =]["']?[^\s:'"=/]{1,64}:
- (?!\S*//|[0-9]+(?!\S))([^\s'"]+)
-a password beside its user ~  -p ~ secret ~ \s(?:-u|-U|-l|-n|--user|--username|--login)
- [ =]?["']?[\w.@\\-]{1,64}["']?(?:\s-\S+(?:\s[^\s-]\S*)?){0,4}?\s-(?:p|P|pw|pass)[ ]
- (?![0-9]+(?!\S))([^\s'"|:/]{6,64})(?!\S)
+a password beside its user ~  -u| --user|creds| --proxy-u ~ secret ~ \s(?:-u|-U|--(?:proxy-)?user
+ |--(?:src-|dest-)?creds)[ =]["']?[^\s:'"=/]{1,64}:(?!\S*//|[0-9]+(?!\S))([^\s'"]+)
+a password beside its user ~  -p ~ secret ~ \s(?:-u|-U|-l|-n|--user|--username|--login)[ =]?["']?[\w.@\\-]
+ {1,64}["']?(?:\s-\S+(?:\s[^\s-]\S*)?){0,4}?\s-(?:p|P|pw|pass)[ ](?![0-9]+(?!\S))([^\s'"|:/]{6,64})(?!\S)
 a password beside its user ~ sqlplus|expdp|impdp|sqlldr ~ ~ \b(?:sqlplus|expdp|impdp|sqlldr)\s
  (?:-\S+\s){0,4}[\w."]{1,64}/([^\s@/]{1,128})
 a secret of a device ~ community|setuser|on >|secret |password |key  ~ ~ \bcommunity[ ]+(\S{4,64})[ ]+
@@ -1334,6 +1326,8 @@ credentials of a user ~ auth|ogin|cred ~ ~ (?i:\b(?:\w{0,24}basic_?auth|\w{0,24}
  |\w{0,24}credentials?)\s?[=(][\s(]{0,3}<STRING>\s*,\s*)(?=b?["'])
 a password behind its scheme ~ ssha}|plain}|crypt}|sha}|d5} ~ ~ (?i)\{(?:S?SHA(?:256|512)?|PLAIN|S?MD5
  |[a-z0-9-]{0,12}CRYPT)\}([^\s:"',<>]{4,})
+the words of a wallet ~ mnemonic|phrase|seed ~ ~ (?:nemonic|hrase|eed)\W{1,6}(?:(?:is|words)\W{1,3})?
+ ((?:[a-z]{3,8}\s){11,23}[a-z]{3,8})\b
 a named social security number ~ ssn|social sec ~ ~ (?i:\b(?:ssn|social security(?: (?:number|num|no\.?))?)
  (?:\s{1,4}(?:is|was))?[\s:#=]{0,4})([0-9]{3}[ -]?[0-9]{2}[ -]?[0-9]{4})(?![\w-])
 """
@@ -1383,7 +1377,7 @@ _SQL_ROW = rf"""\s*,?\s*\(((?:{_SQL_TEXT}|\([^()]*\)|[^()'"])*)(?:\)|\Z)"""
 _SQL_ITEM = rf"""\s*({_SQL_TEXT}|(?:\([^()]*\)|[^,()'"])*)\s*(?:,|\Z)"""
 _MAX_ECHOES, _MIN_ECHO, _MAX_DOUBTED = 64, 12, 1000
 _ASKING = r"(?i:get|env|input|prompt|read|load|ask|open|file|param|lookup|fetch|find|credential|require)\w*\("
-# Where a bare value would stand: a call or an index; an expression; a type; a sentence.
+# In a bare value's place: a call or an index; an expression; a type; a sentence.
 _SOURCE = r"""(?x)[\\&*$@%]{0,2}[A-Za-z_](?:[\w.]|\?\.|::|->)*(?:(?:<[\w, ]{1,40}>)?[(\[]|->) | \( | \\&\w
   | (?:new|await|yield|not|async|function|[A-Z][a-z]+-[A-Z]\w+)[ ] | [A-Za-z_.]+[ ][+%?][ ]
   | (?<==[ ])[A-Za-z_.]+[ ](?:or|and|if|else|\|\||&&)[ ]
@@ -1398,7 +1392,6 @@ _DIGITS = bytes.maketrans(b"123456789", b"000000000")  # all digits as `0`, as t
 
 
 def _argument_pattern(place: str, need: str) -> str:
-    """Return the pattern of a place in words joined by U+001F."""
     if place[0] == "#":  # `-x` and `/x` are no plain words, `/etc/x` is one
         flag = r"(?:-|/\w+(?::[^\x1f]*)?(?:\x1f|\Z))"
         skip, plain = rf"(?:\x1f(?={flag})[^\x1f]*)*", rf"\x1f(?!{flag})[^\x1f]+"
@@ -1446,7 +1439,6 @@ class _Rules:
         self._program = re.compile(rf"\b(?<![.-])(?:{any_program})(?:\.exe)?(?=[\s\"',])")
 
     def judge(self, name: str, tool: str = "") -> int:
-        """Return what `_judge_name` does, or 3, after the settings."""
         normal = _normal(name)
         for entry in ((tool, normal), ("", normal)) if self.redact or self.keep else ():
             if entry in self.redact or entry in self.keep:
@@ -1480,13 +1472,12 @@ class _Rules:
                     inner = re.findall(pattern, secret)
                     taken += [(rule, part) for part in [secret, *inner[:_MAX_ECHOES]]]
             text = "".join([*out, text[done:]]) if out else text
-        for _, secret in taken:  # it may stand at another place as well
+        for _, secret in taken:  # elsewhere as well
             if len(secret) >= 8 and secret in text and _looks_secret(secret):
                 text = text.replace(secret, self.mark(secret))
         return text, taken
 
     def _sieves(self, text: str, low: str, led: bool) -> Iterator[tuple[str, _Find]]:
-        """Yield what may find secrets in a text, in this order."""
         if led or " -" in text or " /" in text or '"-' in text or "'-" in text or "net us" in low:
             if not self.programs.keys().isdisjoint(_re(r"[a-z0-9][\w-]+").findall(low)):
                 yield "an argument of a command", self._arguments
@@ -1510,13 +1501,12 @@ class _Rules:
             return secret
         if self.key is None:
             return REDACTED
-        import hmac  # takes 7 ms
+        import hmac
 
         digest = hmac.new(self.key, secret.encode("utf-8", "surrogatepass"), "sha256").hexdigest()
         return f"[REDACTED:{digest[:8]}]"
 
     def _placed(self, text: str, pattern: str, accept: Callable[..., bool] | None = None) -> Iterator[_Span]:
-        """Yield a pattern's last group, or the value behind it."""
         for match in _re(pattern).finditer(text):
             span = match.span(match.lastindex) if match.lastindex else self._extent(text, match.end())
             value = text[slice(*span)]
@@ -1524,7 +1514,6 @@ class _Rules:
                 yield span
 
     def _is_none(self, value: str) -> bool:
-        """Return True if a word stands for a secret, or had one."""
         return "[REDACTED" in value or _re(_PLACEHOLDER).fullmatch(value) is not None
 
     def _literals(self, text: str) -> Iterator[_Span]:
@@ -1548,7 +1537,7 @@ class _Rules:
         return sorted(found)
 
     def command_secrets(self, words: list[str]) -> Iterator[tuple[int, int, int]]:
-        """Yield secret arguments as (word, start in it, end in it)."""
+        """Yield (word, start, end)."""
         for at, word in enumerate(words):
             rules = self.programs.get(re.split(r"[/\\]", word)[-1].removesuffix(".exe"), ())
             line = "\x1f".join(words[at : at + 64]) if rules else ""  # arbitrary
@@ -1588,7 +1577,10 @@ class _Rules:
             shown = [cell[0].strip(" \t\"'`*\r\n") for cell in cells]
             columns, before, inner = columns if columns == len(cells) else 0, len(cells), before == len(cells)
             if not columns:
-                hidden = [i for i, cell in enumerate(shown) if len(cell) <= 40 and self.strength(cell)]
+                paired = "value" in map(str.lower, shown)  # beside it, `key` is a label
+                hidden = [
+                    i for i, cell in enumerate(shown) if len(cell) <= 40 and self.strength(cell) > paired
+                ]
                 signs = " .()" if sign in "|\t" else " "
                 heads = sum(map(bool, shown)) > 1 and re.fullmatch(rf"[\w{signs}#/\n-]*", "\n".join(shown))
                 columns = len(cells) if heads and hidden and not inner else 0
@@ -1630,7 +1622,6 @@ class _Rules:
                 done = at = max(at, span[1])
 
     def _strength(self, text: str, start: int, name: str, lead: re.Match[str]) -> int:
-        """Judge a name, to which the word before may belong (`API key: …`)."""
         if name[-1] == "." and lead.lastgroup == "option":  # the end of a sentence
             return 0
         if name.lower() in ("sig", "signature") and text[start - 1 : start] in ("?", "&", ";"):
@@ -1657,7 +1648,7 @@ class _Rules:
             shown = text[at : min(end, at + 300)].strip()
             label = re.fullmatch("[A-Z]?[a-z]+(?: [A-Za-z]+){0,5}", shown) and self.strength(shown)
             return None if label or self._is_none(shown) or shown in left else (at, end)
-        if kind == "part":  # of a form
+        if kind == "part":
             return (at, self._until(text, at)) if re.search(r' name=[\\"]*\Z', left) else None
         if kind == "percent":
             return at, self._until(text, at, r"""[\s&;'"<>]|%(?:25)?(?:26|3[bB]|0[aAdD]|2[27]|7[dD])""")
@@ -1683,6 +1674,7 @@ class _Rules:
             doubtful = strength < 2 or low == "pass"
             names = bare_key or (doubtful and not _looks_secret(shown)) or (low == "pass" and " " in shown)
             said = shown.count(" ") > 2 and low not in _PASSWORDS
+            said = said or (text[value[0] - 1] == "`" and (low == "pass" or not _is_mixed(shown)))
             return None if names or said or (low in _REFERENCES and not name.isupper()) else value
         if kind == "prose" or (kind == "option" and not flag):
             return None if flag or before == "/" else self._spoken(text, line, at, kind, low, strength)
@@ -1696,7 +1688,6 @@ class _Rules:
         return self._assigned(text, line, at, name, strength, text[lead.end("rest") : at])
 
     def _spoken(self, text: str, line: str, at: int, kind: str, name: str, strength: int) -> _Span | None:
-        """Return the word behind a name and `is` or a space, or None."""
         shown = text[at : self._bare_end(text, at)].rstrip(".,:;)!")
         size = len(shown)
         if self._is_none(shown) or not _looks_secret(shown) or re.match(r"\w+[(=]|[\[(<]", shown):
@@ -1727,7 +1718,7 @@ class _Rules:
         if len(shown) > _MAX_DOUBTED:
             return value
         bare_key, called = name in ("key", "keys") and strength < 2, "(" in wrapper
-        weak = strength < 2 and not _looks_secret(shown)
+        weak = strength < 2 and (not _looks_secret(shown) or (bare_key and shown.isalpha()))
         typed = quoted and lead == ": " and re.fullmatch(r"_?[A-Z][A-Za-z]+(?: \| None)?", shown)
         own = shown and f"_{name}".endswith(tuple(sign + shown.lower() for sign in "._-"))  # `token=token`
         if (
@@ -1742,7 +1733,8 @@ class _Rules:
             or (own and (not quoted or strength < 2 or called))
         ):
             return passed
-        if re.match(r"[\\\"'*`]*:\s*\n", lead) and line.strip(" \t-\"'"):
+        empty = "=" in lead and "\n" in lead and not quoted
+        if empty or (re.match(r"[\\\"'*`]*:\s*\n", lead) and line.strip(" \t-\"'")):
             return None  # `if password:`
         if quoted or text.startswith(("[", "{"), at):
             function = lead == " => " and text[at] == "{"
@@ -1830,14 +1822,12 @@ class _Rules:
         return at, self._until(text, at, stop)
 
     def _until(self, text: str, at: int, pattern: str = r"\\[rn]|[\r\n]") -> int:
-        """Return where a pattern (an end of line) or the text's end is."""
         return next(_re(rf"{pattern}|\Z").finditer(text, at)).start()
 
     def _bare_end(self, text: str, at: int) -> int:
         return next(_re(_BARE).finditer(text, at)).end()
 
     def _extent(self, text: str, at: int) -> _Span:
-        """Return a value's place: quoted, bracketed, a YAML block, or bare."""
         if quote := _re(_QUOTE).match(text, at):
             own, twice = quote[2], "|''" if quote[2] == "'" else ""
             inner = rf"(?s)[^{own}\\]*(?:(?:\\.{twice})[^{own}\\]*)*"
@@ -1854,7 +1844,7 @@ class _Rules:
                     end = sign.end()
                     break
             return at, self._bare_end(text, end) if re.match(r"\w", text[end : end + 1]) else end
-        block = _re(r"[|>][+-]?[ \t]*\n([ \t]+)[^\n]*(?:\n\1[^\n]*)*").match(text, at)
+        block = _re(_BLOCK).match(text, at)
         return at, block.end() if block else self._bare_end(text, at)
 
 
@@ -1913,7 +1903,7 @@ def _members(value: object) -> dict[str, Any] | None:
         return {**object.__getattribute__(value, "__dict__"), **(extra if type(extra) is dict else {})}
     members = {}
     for field in fields:
-        name = field if isinstance(field, str) else field.name  # attrs describes them by objects
+        name = field if isinstance(field, str) else field.name
         try:
             members[name] = getattr(value, name)
         except BaseException as error:
@@ -1975,7 +1965,10 @@ _VALUES = _words_in("value values val default content text v old new before afte
 _COLUMN_LISTS = _words_in("columns column_names columnnames headers header fields cols schema")
 _ROW_LISTS = _words_in("rows values data records stringdata")
 _PROGRAMS = _words_in("command cmd program executable")
-_ARGUMENTS = _words_in("args argv arguments")
+_ARGUMENTS = _words_in("args argv arguments params parameters bindings")
+_QUERIES = _words_in("sql query statement")
+_CONFIRMS = _words_in("secret sensitive issecret is_secret masked")
+_VALUE_ENDS = ("value", "answer", "response", "keys")
 # A key's value goes; booleans too, by a setting; its text holds a secret, or it is no text; siblings decide.
 _SENSITIVE, _CERTAIN, _ODD, _BESIDE = 1, 3, 4, 8
 
@@ -2017,7 +2010,6 @@ class _Verdicts(dict[str, int]):
         return verdict
 
     def is_label(self, item: object) -> bool:
-        """Return True for a sensitive name, or a `Password field` of a page."""
         said = _label(item)
         if not 2 < len(said) <= _MAX_NAME_CHARS or not self.rules.stems.search(said.lower()):
             return False
@@ -2039,11 +2031,9 @@ class _Walk:
             self.max_nodes = limit // 2
 
     def plain(self, value: object) -> Any:
-        """Convert a value without redacting it; never record what comes of it."""
         return json.loads(_Walk(_Verdicts(self.rules, None)).value(value, None))
 
     def declared(self, definition: object) -> _Declared | None:
-        """Return what a definition hides; most are JSON, and hide nothing."""
         if type(definition) is dict:
             with suppress(Exception):
                 text = encode_json(definition)
@@ -2051,7 +2041,6 @@ class _Walk:
         return _declare(self.plain(definition))
 
     def marker(self, value: object) -> str:
-        """Return a secret's marker, and collect what it may echo as."""
         if self.quiet:
             return REDACTED
         plain = value if type(value) is str else self.plain(value)
@@ -2069,7 +2058,6 @@ class _Walk:
         return '"[DEPTH]"' if len(self.open) >= _MAX_DEPTH else encode_text(f"[CUT: {count} items]")
 
     def value(self, value: Any, declared: _Declared | None) -> str:
-        """Write one value by its exact type; unusual types take longer."""
         kind = type(value)
         # A number in the place of an object with a secret part: nobody knows what it means.
         if declared is not None and (declared.sensitive or kind in (int, float)):
@@ -2099,7 +2087,6 @@ class _Walk:
             return encode_text(hex(value) if kind is int else f"<unprintable {_type_name(value)}>")
 
     def mapping(self, value: dict[Any, Any], declared: _Declared | None, ident: int = 0) -> str:
-        """Write a mapping; one with odd keys is renamed first."""
         opened, ident = self.open, ident or id(value)
         value = value.copy()  # another thread may change it
         self.nodes = nodes = self.nodes + len(value)
@@ -2140,7 +2127,6 @@ class _Walk:
         return plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
 
     def beside(self, name: str, verdict: int, item: Any, value: dict[Any, Any]) -> tuple[int, Any]:
-        """Return a field's verdict and value after a look at its siblings."""
         for key, said in value.items():
             label = _label(key).lower()
             if name in _ROW_LISTS and label in _COLUMN_LISTS:
@@ -2157,6 +2143,19 @@ class _Walk:
                 labels = label in _LABELS or label.endswith(("name", "key"))
                 verdict |= self.verdicts.is_label(said) if labels else said is True and label == "sensitive"
         return verdict & _CERTAIN, item
+
+    def bound(self, query: str, values: Sequence[Any]) -> list[Any]:
+        """Hide what would be hidden in place of a query's placeholder."""
+        if not self.rules.stems.search(_lower(query)):
+            return list(values)
+        if values and type(values[0]) in (list, tuple):
+            return [self.bound(query, row) if type(row) in (list, tuple) else row for row in values]
+        count = itertools.count(1)
+        probe = re.sub(
+            r"(?<!\?)\?(?!\?)|%s|[$:]([0-9]+)", lambda at: f"'Zq7-{at[1] or next(count)}'", query[:20_000]
+        )
+        hidden = {secret for _, secret in self.rules.clean(probe)[1]}
+        return [self.marker(one) if f"Zq7-{at}" in hidden else one for at, one in enumerate(values, 1)]
 
     def rows(self, rows: Any, heads: Any) -> Any:
         if not {type(rows), type(heads)} <= {list, tuple}:
@@ -2178,7 +2177,6 @@ class _Walk:
         return words
 
     def sequence(self, value: Any, declared: _Declared | None, ident: int = 0) -> str:
-        """Write a sequence, in which an item may name the next."""
         opened, ident = self.open, ident or id(value)
         value = value[:]  # another thread may change it
         self.nodes = nodes = self.nodes + len(value)
@@ -2201,7 +2199,7 @@ class _Walk:
             value = self.arguments(list(value))
         elif type(first) in (list, tuple) and 1 < len(first) < 1000 and len(value) > 1:
             # The first row may be the head; pairs are no rows.
-            named = all(type(cell) is str and not _looks_secret(cell) for cell in first)
+            named = all(is_label(cell) or (type(cell) is str and not _looks_secret(cell)) for cell in first)
             if named and not (len(first) == 2 and is_label(first[0])):
                 value = [first, *self.rows(value[1:], first)]
         out: list[str] = []
@@ -2261,7 +2259,6 @@ class _Walk:
         return "[" + ",".join(map(row.__mod__, zip(*columns))) + "]"
 
     def other(self, value: Any, kind: type, declared: _Declared | None) -> str:
-        """Write what is not of JSON's own types by what it holds."""
         if issubclass(kind, (bytes, bytearray)) and self.limit and len(value) > self.limit + _SLACK:
             note = f"…[CUT: {len(value)} bytes]"
             return encode_text(self.text(str(_content(value[: self.limit + _SLACK], bytes)), declared) + note)
@@ -2272,7 +2269,6 @@ class _Walk:
         return self.value(content, declared)
 
     def text(self, text: str, declared: _Declared | None) -> str:
-        """Clean a text; one that holds JSON is walked as what it holds."""
         if self.verdicts.tool is None:
             return text
         note = ""
@@ -2305,7 +2301,6 @@ class _Walk:
 
 
 def _spellings(text: str) -> dict[str, None]:
-    """Return a text as it is, and as errors, URLs and Base64 write it."""
     from html import escape  # only for errors
     from urllib.parse import quote, quote_plus
 
@@ -2329,7 +2324,6 @@ def _without_echo(text: str, form: str, marker: str) -> str:
 
 
 def without_echoes(text: str, echoes: Iterable[str], mark: Callable[[str], str]) -> str:
-    """Return a text without the values, whole, cut short or encoded."""
     forms = set(echoes)
     forms |= {echo.partition(" ")[2] for echo in forms if echo.partition(" ")[0].lower() in _SCHEMES}
     for echo in sorted(forms, key=len, reverse=True):

@@ -74,6 +74,10 @@ HOSTILE = {
     "calls": 'hmac("a',
     "access lists": "setuser a on +a ",
     "protocols": "PASS abcd\n",
+    "here-documents": "password=<<A\n",
+    "here-strings": "kinit <<< a",
+    "keys of PuTTY": "Private-Lines: 1\nabcd\n",
+    "words of wallets": "seed abcd phrase ",
 }
 
 
