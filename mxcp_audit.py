@@ -980,69 +980,63 @@ def _words_by_head(text: str) -> dict[str, frozenset[str]]:
 _NAME_WORDS = _words_by_head("""
 spec: password passwd pwd secret token key apikey auth authorization credential ssn creditcard cardnumber
 strong: password passwd pwd pw passphrase passcode secret credential cred apikey ssn cvv cvc csc otp totp pat
-  mnemonic creditcard codeverifier securityanswer assertion psk pfx dockerconfigjson dockercfg kubeconfig
-  jsessionid phpsessid sessid privkey requirepass masterauth authtok motdepasse passwort kennwort contrasena
-  contraseña senha wachtwoord passord lösenord adgangskode hasło heslo jelszó salasana şifre пароль 密码
-  密碼 口令 パスワード 暗証番号 비밀번호 암호 סיסמה
-still: value string str text plain plaintext cleartext base b binary raw hex encoded encrypted hash digest
-  data content body material blob override new old current previous confirm confirmation repeat again
-  verification verify primary secondary main backup default dev prod production test testing staging live
-  sandbox local json pem number num no hint auxiliary env x v wo last block part enc pepper openssh pkcs
-documents: pem material blob wo string plaintext
-flags: is has use using no without with allow allowed require required enable enabled disable disabled show
-  hide prevent ignore skip force forgot detect scan support include want generate regenerate manage mask
-  redact max min always automount ask return reuse persist inject block existing
-verbs: add change check clear copy create delete deny edit enforce exclude export fetch get import issue list
-  mount prompt reject remove rename renew reset resolve revoke rotate save set update validate imagepull
-glue: db my mysql sql pg smtp imap ftp ldap mail wifi credit debit cc id aws web www github gitlab slack
-  public next page sort  none: compass bypass trespass surpass overpass underpass encompass
-stems: sensitive social verifier answer saml json card ccn cc_n cc-n community account.num account_num
-  connect.sid _wo sig= phrase
+mnemonic creditcard codeverifier securityanswer assertion psk pfx dockerconfigjson dockercfg kubeconfig
+jsessionid phpsessid sessid privkey requirepass masterauth authtok motdepasse passwort kennwort contrasena
+contraseña senha wachtwoord passord lösenord adgangskode hasło heslo jelszó salasana şifre пароль 密码 密碼
+口令 パスワード 暗証番号 비밀번호 암호 סיסמה  still: value string str text plain plaintext cleartext base b
+binary raw hex encoded encrypted hash digest data content body material blob override new old current previous
+confirm confirmation repeat again verification verify primary secondary main backup default dev prod
+production test testing staging live sandbox local json pem number num no hint auxiliary env x v wo last block
+part enc pepper openssh pkcs  documents: pem material blob wo string plaintext  flags: is has use using no
+without with allow allowed require required enable enabled disable disabled show hide prevent ignore skip
+force forgot detect scan support include want generate regenerate manage mask redact max min always automount
+ask return reuse persist inject block existing  verbs: add change check clear copy create delete deny edit
+enforce exclude export fetch get import issue list mount prompt reject remove rename renew reset resolve
+revoke rotate save set update validate imagepull  glue: db my mysql sql pg smtp imap ftp ldap mail wifi credit
+debit cc id aws web www github gitlab slack public next page sort  none: compass bypass trespass surpass
+overpass underpass encompass  stems: sensitive social verifier answer saml json card ccn cc_n cc-n community
+account.num account_num connect.sid _wo sig= phrase securestring
 """)
 SPEC_NAMES, STRONG_WORDS, STILL_SECRET, KEY_DOCUMENTS = list(_NAME_WORDS.values())[:4]
 FLAG_WORDS, VERBS, GLUE_WORDS, NO_SECRETS, _STEMS = list(_NAME_WORDS.values())[4:]
 # Two words that are one: of forms, or torn apart (`passWord`); imagePullSecrets are names.
 _PHRASES = _words_by_head("""
 creditcard: credit+card debit+card payment+card card+number card+num card+no cc+number cc+num cc+no
-  primary+account  cvv: card+verification  ssn: social+security
-securityanswer: security+answer secret+answer recovery+answer challenge+answer
-codeverifier: code+verifier oauth+verifier  credential: service+json account+json  password: pass+word
-passphrase: pass+phrase seed+phrase recovery+phrase mnemonic+phrase snmp+community community+string
-passcode: pass+code  motdepasse: de+passe  apikey: api+key  oauth: o+auth  assertion: saml+response
-sessid: connect+sid  imagepull: image+pull  idempotency: client+request
+primary+account  cvv: card+verification  ssn: social+security  securityanswer: security+answer secret+answer
+recovery+answer challenge+answer  secret: secure+string  codeverifier: code+verifier oauth+verifier
+credential: service+json account+json  password: pass+word  passphrase: pass+phrase seed+phrase
+recovery+phrase mnemonic+phrase secret+phrase backup+phrase snmp+community community+string  passcode:
+pass+code  motdepasse: de+passe  apikey: api+key  oauth: o+auth  assertion: saml+response  sessid: connect+sid
+imagepull: image+pull  idempotency: client+request
 """)
 PHRASES = {pair: word for word, pairs in _PHRASES.items() for pair in pairs}
 # A secret in some company only; harmless behind these words.
 WEAK_WORDS = _words_by_head("""
 token: next starting page paging pagination continuation continue cursor sync delta resume forward position
-  offset checkpoint iterator snapshot lock change version sequence read idempotency first last previous prev
-  start stop end bos eos pad special input output prompt completion generated code text word string lexer
-  parser syntax environment n budget base reward nft explained fee staked pool lp key
-key: public pub publishable anon foreign sort partition cache object idempotency ttl kv event group hash map
-  project file config ctrl input output parent label field error primary issue tag bucket table column index
-  kms managed  jwt: verify validate decode parse  cookie: consent third party
-pass: first second single multi two one last did test checks high low band boarding ski bus season day poe
-  render
-pin: gpio led gpu map data clock input output board analog digital header reset power clk cs tx rx dout din
-  sda scl mosi miso sck irq rst push  auth:  authorization:  code: result response error status reason
-signature:
+offset checkpoint iterator snapshot lock change version sequence read idempotency first last previous prev
+start stop end bos eos pad special input output prompt completion generated code text word string lexer parser
+syntax environment n budget base reward nft explained fee staked pool lp key  key: public pub publishable anon
+foreign sort partition cache object idempotency ttl kv event group hash map project file config ctrl input
+output parent label field error primary issue tag bucket table column index kms managed  jwt: verify validate
+decode parse  cookie: consent third party  pass: first second single multi two one last did test checks high
+low band boarding ski bus season day poe render  pin: gpio led gpu map data clock input output board analog
+digital header reset power clk cs tx rx dout din sda scl mosi miso sck irq rst push  auth:  authorization:
+code: result response error status reason  signature:
 """)
 # A secret behind these words; `Authorization` is a header alone or beside its own words, else a decision.
 OPENERS = _words_by_head("""
 key: access private priv auth authentication authorization encryption encrypt decryption decrypt signing sign
-  hmac mac aes rsa cipher crypto master root session shared preshared account storage subscription license
-  licence activation product service app application client server wrapping unseal recovery pem sas bot
-  webhook admin developer dev merchant payment signature kek dek pass secondary tertiary stream customer
-  function workspace registration enrollment ingestion integration extension phase ike wep wpa radius tacacs
-  tsig device agent connection tunnel provisioning gossip isakmp ipsec symmetric fernet sealing network
-  transaction terminal openai anthropic gemini mailgun sendgrid
-token: access refresh api auth bearer oauth security session jwt csrf xsrf personal login reset bot service
-  deploy user device registration verification recovery invite
-auth: http basic digest bearer docker registry proxy api x npm redis rediscli git repo
-authorization: proxy http x ms amz basic bearer forwarded original header request custom
-code: authorization auth oauth mfa otp totp pin recovery backup security secret verification factor fa sms
-  access device reset login time cvv cvc card token  cookie: session auth http request set login
-signature: amz goog access
+hmac mac aes rsa cipher crypto master root session shared preshared account storage subscription license
+licence activation product service app application client server wrapping unseal recovery pem sas bot webhook
+admin developer dev merchant payment signature kek dek pass secondary tertiary stream customer function
+workspace registration enrollment ingestion integration extension phase ike wep wpa radius tacacs tsig device
+agent connection tunnel provisioning gossip isakmp ipsec symmetric fernet sealing network transaction terminal
+openai anthropic gemini mailgun sendgrid  token: access refresh api auth bearer oauth security session jwt
+csrf xsrf personal login reset bot service deploy user device registration verification recovery invite  auth:
+http basic digest bearer docker registry proxy api x npm redis rediscli git repo  authorization: proxy http x
+ms amz basic bearer forwarded original header request custom  code: authorization auth oauth mfa otp totp pin
+recovery backup security secret verification factor fa sms access device reset login time cvv cvc card token
+cookie: session auth http request set login  signature: amz goog access
 """)
 # A secret whatever is glued before it (`csrfmiddlewaretoken`).
 GLUED_SUFFIXES = r"""(?x)(?:密[码碼]|パスワード|비밀번호|pass(?:phrase|word|code|wd)?|credential|secret
@@ -1060,6 +1054,7 @@ def _singular(word: str) -> str:
 
 
 def _unglue(word: str) -> list[str]:
+    """Split a word such as `accesstoken` into known words."""
     if _singular(word) in _KNOWN_WORDS or len(word) < 5 or word in NO_SECRETS:
         return [word]
     splits: dict[int, list[str]] = {len(word): []}
@@ -1077,6 +1072,7 @@ def _unglue(word: str) -> list[str]:
 
 
 def _name_words(name: str) -> list[str]:
+    """Split names such as `X-API-Key`, `JWTSecret`, `password2`."""
     if not name.isascii():
         import unicodedata
 
@@ -1161,7 +1157,7 @@ _SEPARATOR = r"""(?x)(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
       [ ]?=[ ]?(?=(?:\w{1,16}\(default=)?[bBrRuUfF]{0,2}["'`]))
   | (?P<assign>\\{0,32}(?:["'`]|\*\*)?(?:\[\]|\])?(?:[ ]\(\w+(?:[ ]\w+){1,5}\)(?=:)|[ ]\.{2,40})?[ \t]{0,40}
       (?:=>|->[ ]|:=|[!<>=|?]{0,2}=|<>|<-[ ]|::[ ]|:(?![:/]))(?:\*\*)?
-      (?:[ \t]{9,40}(?=\S)|\s{0,8})(?:!(?:vault|!\w{1,16})\s{1,4})?)
+      (?:[ \t]{9,40}(?=\S)|\s{0,8})(?:!(?:vault|!\w{1,16})\s{1,4}|\\\r?\n\s{1,16})?)
   | (?P<sibling>(?:\\{0,32}["']|\r?\n)\s{0,64},?\s{0,8}\\{0,32}["']?\w{0,16}[vV]alue\\{0,32}["']?\s{0,8}[=:]
       \s{0,8}|["']?[ \t]-[vV]alue[ \t]{1,4}|</(?:key|name|t[hd]|dt)>\s{0,64}(?:<(?:string|value|td|dd)>){1,2}
       | ["']\s{0,4}\{(?:\s{0,16}[a-z]{4,12}\s{0,16}=[^\n]{0,200}\n){0,4}?\s{0,16}default\s{0,16}=\s{0,8})
@@ -1169,7 +1165,7 @@ _SEPARATOR = r"""(?x)(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
   | (?P<model>\r?\n[ \t]{1,8}[^\n]{1,300}?\binput_value=)
   | (?P<part>\\{0,8}"(?:\r\n[^\r\n]{1,80}){0,3}(?:\r\n\r\n|\\r\\n\\r\\n|\n\n))
   | (?P<pair>(?:\]?\\{0,8}["']|(?<=[A-Z]))(?:\s?,\s{0,8}(?:default=)?|\)\.(?:\w{3,16}\(|value[ ]?=)\s{0,4})
-      (?=b?\\{0,8}["'`])) | (?P<quoted>[ \t]{1,4}(?:(?:I?LIKE|IN|BY|TO)[ \t]{1,4}\(?)?(?=["']))
+      (?=b?\\{0,8}["'`])) | (?P<quoted>[ \t]{1,4}(?:(?:I?LIKE|IN|BY|TO)[ \t]{1,4}\(?)?(?=["'`]))
   | (?P<prose>[ \t](?:(?:for|of)[ ](?:\S{1,40}(?<!:)[ ]){1,5}?|(?:you|we|I)[ ](?:\w{1,12}[ ]){1,4}?)?(?:
       (?:for[ ]\S{1,40}|(?<=[ ])(?:for|you|below|with)):[ ]|\(|(?:is|was|are|ist|lautet|es|est|è|é|provided
       |given|from(?=[ ]["'`])|(?:(?:ha[sd][ ]been[ ])?(?:re)?(?:set|changed)[ ])?to|[-–—])[ :][ \t]{0,4}))
@@ -1180,6 +1176,7 @@ _NO_ELEMENT = _SEPARATOR.replace("<element>", "<element>(?!)")  # outside of `<`
 _QUOTE = r"""(?x)(?:(?:new\s|[A-Za-z_]{1,24}(?:::|\.))?[A-Za-z_]\w{0,23}\((?:default=)?|\([ ]?\n\s{1,40})?
     [@$bBrRuUfFN]{0,2}(\\{0,32})(["'`])(?:(\2\2)(?!\2)|\2(?=[\w!@#$%^*+]))?"""
 _MORE = r"""["'`](?: (?:->|=>|to) |\s{1,20})(?=(["'`]))(?!\1\1|\1[^"'`\n]*\1\s*[:=])"""  # `"old" -> "new"`
+_BLOCK = r"""(?x)[|>][+-]?[ \t]*\n([ \t]+).*(?:\n\1.*)* | <<\S?["']?(\w+)["']?\s*\n[\s\S]{0,2000}?\n\s*\2\b"""
 _MARKED = r"\[REDACTED(?::[0-9a-f]{8})?\]"
 _BARE = rf"""(?x)(?:{_MARKED}|(?:[^\s,;&'"`<>)\]}}\\]
   |,(?!\s|[A-Za-z_][A-Za-z_.\-]{{1,40}}[0-9]?[=:]|\Z) | ;(?!\s|[A-Za-z_][A-Za-z_ .\-]{{1,40}}[0-9]?=|\Z)
@@ -1197,7 +1194,7 @@ _PLACEHOLDER = r"""(?x)(?:(?i:bearer|basic|token)[ ]+(?=[$%{<*.x]))?(?:
     (?![\s\S]*(?:value|default|example))[\s\S]*  # a schema; a file; an entry of a secret manager
   | [\w.~/-]*\.(?:txt|pem|key|json|ya?ml|conf|cfg|ini|crt|env)|projects/[\w-]+/secrets/\S+
   | (?:[.~]{0,2}/(?:[a-z._-]+/)+|[.~]{1,2}/)[a-z._-]+|(?:env|file|op|vault|ssm|arn|secretref):\S+
-  | (?i:null|none|nil|undefined|true|false|string|utf-?8|include|inherit|same-origin|enter|escape|tab
+  | (?i:null|none|nil|undefined|true|false|string|utf-?8|include|omit|inherit|same-origin|enter|escape|tab
     |backspace|[a-z]+(?:error|exception)|(?:your|insert|enter|replace|change)[_ -][\w -]*)
   | (?:process|var|self|this|env|os|vars|local)\.[\w.#]+!?(?:[\[(][^\n]{0,80})?|lambda\b.*
   | (?=[^\n]*[%{][a-z_])(?:[^\w{}%]|%[sdr]|\{[a-z_][\w.]*(?:[!:\[(][^{}\n]{0,40})?\})+|__\w+__|[$@&:][a-z_]+
@@ -1265,17 +1262,19 @@ _CALL_WORDS = _words_in("""auth credential passw crypt cipher hmac jwt keyspec p
 signer signwith pdo aes fernet hashpw cookieparser""")
 _CALLS = rf"(?i)(?:{'|'.join(sorted(_CALL_WORDS))})\w{{0,16}}(?:(?:\.|::|->)\w{{1,16}})?\("
 _LITERAL = r"""["'`]([^\s"'`\\/,;]{8,128})["'`]|\)[;\s]|\n"""
+_ASKS = (
+    r"(?:sudo\s+-\w*S|stdin|-with-token|passwd|kinit|cryptsetup|se-fd|(?:env|secrets?) (?:\w+ )?[psa][ued]t?)"
+)
 # The rule ~ texts of which one must be there ~ what the last group must pass ~ the pattern: without a group a
 # quoted value follows.
 _PLACES = r"""
 a password in a URL ~ :// ~ ~ ://(?!\[)<USER>:(?![0-9]+(?:[/?#\s]|\Z))([^\s/?#"'<>\\`]+(?=@)
  |[^\s"'<>\\`]{1,300}(?=@))
 a token in a URL ~ :// ~ secret ~ ://([^\s/?#"'<>\\`:@]{16,200})(?=@)
-a private key ~ -----begin ~ ~ (-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,9}-----[\s\S]*?
- (?:-----END[^\n-]{0,60}--|\Z)-*)
-credentials after Bearer ~ bearer ~ secret ~ \b(?i:bearer)[ \t]+(?=[\w.~+/-]{24}|[A-Za-z_.~+/-]{0,40}[0-9])
- ([\w.~+/-]{8,}=*)
-credentials after Basic, Base64 of a colon and more ~ basic ~ ~ \b(?i:basic)[ \t]+
+a private key ~ -----begin|private-lines ~ ~ (-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,9}-----[\s\S]*?
+ (?:-----END[^\n-]{0,60}--|\Z)-*)|Private-Lines:[ ]\d+\s+((?:[\w+/=]{4,}\s{0,2}(?![A-Z]\w+-))+)
+credentials of a scheme ~ bearer|basic ~ ~ \b(?i:bearer)[ \t]+(?=[\w.~+/-]{24}|[A-Za-z_.~+/-]{0,40}[0-9])
+ ([\w.~+/-]{8,}=*)|\b(?i:basic)[ \t]+
  ((?=(?:\w{4})*(?:O[g-v]|.[DTjz][o-r]|..[AEIMQUYcgkosw048]6))[\w+/]{8,}={0,2})
 a password in a connection string ~ :thin:|@tcp(|@unix(|@localhost|@127.|@10.|@192.168.|@172. ~ ~
  :thin:[^\s/@]{1,64}/([^\s@]{1,128})(?=@)|(?<![\w./-])[\w.-]{1,64}:([^\s"'`/]{1,128})
@@ -1309,10 +1308,9 @@ a password beside its user ~ login: |credentials|creds|ign in|og in ~ secret ~ (
 what shall be a password ~ as the |as your |as my ~ secret ~ (?i)\buse[ ]([^\s"']{6,64})[ ]as
  [ ](?:the|your|my)[ ](?:\w{1,12}[ ])?(?:password|passphrase|token|key|secret|pin)\b
 what is piped to a prompt ~ cho|printf ~ ~ \b(?:echo|printf)[ ]+(?:-n[ ]+|['"]?%s(?:\\n)?['"]?[ ]+)?['"]?
- (?:[\w.@-]{1,64}:(?=[^\n]{1,200}chpasswd))?([^\s'"|$][^'"|\n]{0,200}?)['"]?[ ]*\|(?=[^|;\n]{0,200}
- (?:sudo\s+-\w*S|stdin|-with-token|chpasswd|kinit|secrets?[ ](?:\w+[ ])?(?:put|set|add)|cryptsetup|se-fd))
+ (?:[\w.@-]{1,64}:(?=[^\n]{1,200}chpasswd))?([^\s'"|$][^'"|\n]{0,200}?)['"]?[ ]*\|(?=[^|;\n]{0,200}<ASKS>)
 a step's secret ~ ::add-mask:: ~ ~ ::add-mask::([^\r\n]{4,500})
-what is handed to a prompt ~ <<< ~ ~ (?<!["'])<<<[ ]?(?=["'])
+what is handed to a prompt ~ <<< ~ ~ <ASKS>[^<|;\n]{0,200}<<<[ ]?(?=["'\w])
 IDENTIFIED BY ~ dentified|password for ~ ~ (?i:identified\s+(?:with\s+\S{1,60}\s+)?(?:by|as)\s+
  (?:password\s+)?|["']\s+replace\s+|password\s+for\s[^=\n]{1,100}=\s*(?:password\()?)(?=["'])
  |\bIDENTIFIED\s+BY\s+([^\s"';(]+)
@@ -1392,6 +1390,7 @@ _DIGITS = bytes.maketrans(b"123456789", b"000000000")  # all digits as `0`, as t
 
 
 def _argument_pattern(place: str, need: str) -> str:
+    """Return the pattern of a place in words joined by U+001F."""
     if place[0] == "#":  # `-x` and `/x` are no plain words, `/etc/x` is one
         flag = r"(?:-|/\w+(?::[^\x1f]*)?(?:\x1f|\Z))"
         skip, plain = rf"(?:\x1f(?={flag})[^\x1f]*)*", rf"\x1f(?!{flag})[^\x1f]+"
@@ -1415,6 +1414,7 @@ class _Rules:
         self._places: list[tuple[str, Iterable[str], _Find]] = []
         for rule, gates, check, pattern in re.findall(r"(.+) ~ (.+) ~ (.*?)~\s+(.+(?:\n .+)*)", _PLACES):
             pattern = pattern.replace("\n ", "").replace("<USER>", _USER).replace("<STRING>", _STRING)
+            pattern = pattern.replace("<ASKS>", _ASKS)
             find = functools.partial(self._placed, pattern=pattern, accept=_looks_secret if check else None)
             self._places.append((rule, gates.split("|"), find))
         self._places += [
@@ -1439,6 +1439,7 @@ class _Rules:
         self._program = re.compile(rf"\b(?<![.-])(?:{any_program})(?:\.exe)?(?=[\s\"',])")
 
     def judge(self, name: str, tool: str = "") -> int:
+        """Return what `_judge_name` does, or 3, after the settings."""
         normal = _normal(name)
         for entry in ((tool, normal), ("", normal)) if self.redact or self.keep else ():
             if entry in self.redact or entry in self.keep:
@@ -1514,6 +1515,7 @@ class _Rules:
                 yield span
 
     def _is_none(self, value: str) -> bool:
+        """Return True if a word stands for a secret, or had one."""
         return "[REDACTED" in value or _re(_PLACEHOLDER).fullmatch(value) is not None
 
     def _literals(self, text: str) -> Iterator[_Span]:
@@ -1578,17 +1580,14 @@ class _Rules:
             columns, before, inner = columns if columns == len(cells) else 0, len(cells), before == len(cells)
             if not columns:
                 paired = "value" in map(str.lower, shown)  # beside it, `key` is a label
-                hidden = [
-                    i for i, cell in enumerate(shown) if len(cell) <= 40 and self.strength(cell) > paired
-                ]
+                hidden = [i for i, c in enumerate(shown) if len(c) <= 40 and self.strength(c) > paired]
                 signs = " .()" if sign in "|\t" else " "
                 heads = sum(map(bool, shown)) > 1 and re.fullmatch(rf"[\w{signs}#/\n-]*", "\n".join(shown))
                 columns = len(cells) if heads and hidden and not inner else 0
                 value = max(hidden, default=-2) + 1  # `| API key | X |`
-                bare = row[0].lstrip()[:1] != "|" and (
-                    sign != "|" or not re.fullmatch(r"[\w.-]+\s+\|[^|]+", row[0])
-                )
-                if bare or not any(map(_looks_secret, shown[value:][:1])) or value < 0:
+                pair = value == 1 == len(cells) - 1 and re.fullmatch(r"[\w-]+", shown[0])
+                own = row[0].lstrip()[:1] == "|" or (pair and (sign == "|" or _is_mixed(shown[1])))
+                if not own or not any(map(_looks_secret, shown[value:][:1])) or value < 0:
                     continue
                 hidden, columns = [value], 0
             for index in hidden:
@@ -1622,6 +1621,7 @@ class _Rules:
                 done = at = max(at, span[1])
 
     def _strength(self, text: str, start: int, name: str, lead: re.Match[str]) -> int:
+        """Judge a name, to which the word before may belong (`API key: …`)."""
         if name[-1] == "." and lead.lastgroup == "option":  # the end of a sentence
             return 0
         if name.lower() in ("sig", "signature") and text[start - 1 : start] in ("?", "&", ";"):
@@ -1688,6 +1688,7 @@ class _Rules:
         return self._assigned(text, line, at, name, strength, text[lead.end("rest") : at])
 
     def _spoken(self, text: str, line: str, at: int, kind: str, name: str, strength: int) -> _Span | None:
+        """Return the word behind a name and `is` or a space, or None."""
         shown = text[at : self._bare_end(text, at)].rstrip(".,:;)!")
         size = len(shown)
         if self._is_none(shown) or not _looks_secret(shown) or re.match(r"\w+[(=]|[\[(<]", shown):
@@ -1713,8 +1714,6 @@ class _Rules:
         wrapper, quoted, name = text[at : value[0]], value[0] > at, name.lower()
         if _re(_ASKING).search(wrapper):
             return None
-        if lead == "=" and re.search(r"""(?:-e|--env|--build-arg|export|set)[ =]["']\Z""", line):
-            return at, self._until(text, at, rf"{line[-1]}|\s[\w.]+=")
         if len(shown) > _MAX_DOUBTED:
             return value
         bare_key, called = name in ("key", "keys") and strength < 2, "(" in wrapper
@@ -1765,7 +1764,7 @@ class _Rules:
         if re.split(r"[\[|(]", shown.rstrip(".,:;!").lower(), maxsplit=1)[0] in _REMARKS:
             return passed
         queried = line[-1:] in ("?", "&") and lead == "="
-        entry = name.strip("-") in _REFERENCES and re.match(r"[a-z_]{2,20}=[^=\s]", shown)  # `--secret id=x`
+        entry = name.strip("-") in (*_REFERENCES, "auth") and re.match(r"[a-z_]{2,20}=[^=\s]", shown)
         directory = name in ("pwd", "oldpwd") and re.match(r"[/~]|[A-Za-z]:\\", shown)
         short = bare_key and not queried and (len(shown) < 12 or re.search("[:/]", shown))
         asked = (lead[-1:] != "=" or name in ("key", "pass", "pin", "auth")) and not queried
@@ -1828,6 +1827,7 @@ class _Rules:
         return next(_re(_BARE).finditer(text, at)).end()
 
     def _extent(self, text: str, at: int) -> _Span:
+        """Return a value's place: quoted, bracketed, a YAML block, or bare."""
         if quote := _re(_QUOTE).match(text, at):
             own, twice = quote[2], "|''" if quote[2] == "'" else ""
             inner = rf"(?s)[^{own}\\]*(?:(?:\\.{twice})[^{own}\\]*)*"
@@ -1960,14 +1960,14 @@ _MAX_DEPTH, _MAX_NODES = 64, 500_000  # deeper than people write; more than `max
 _MAX_HARMLESS, _MAX_HARMLESS_CHARS, _CARD_NUMBERS = 4096, 64, 10**12  # from here on a number may be a card's
 _SLACK = 4096  # characters read beyond what is kept, so that no secret is cut in half
 _LABELS = _words_in("""name key header field param parameter property variable attribute setting label element
-selector path id type column target locator k""")
+selector path id type column target locator title prompt question xpath k""")
 _VALUES = _words_in("value values val default content text v old new before after")
 _COLUMN_LISTS = _words_in("columns column_names columnnames headers header fields cols schema")
 _ROW_LISTS = _words_in("rows values data records stringdata")
 _PROGRAMS = _words_in("command cmd program executable")
 _ARGUMENTS = _words_in("args argv arguments params parameters bindings")
 _QUERIES = _words_in("sql query statement")
-_CONFIRMS = _words_in("secret sensitive issecret is_secret masked")
+_CONFIRMS, _PARAMETER = _words_in("secret sensitive issecret is_secret"), r"(?<!\?)\?(?!\?)|%s|[$:]([0-9]+)"
 _VALUE_ENDS = ("value", "answer", "response", "keys")
 # A key's value goes; booleans too, by a setting; its text holds a secret, or it is no text; siblings decide.
 _SENSITIVE, _CERTAIN, _ODD, _BESIDE = 1, 3, 4, 8
@@ -1993,8 +1993,7 @@ class _Verdicts(dict[str, int]):
             return 0
         verdict = (0, _SENSITIVE, _SENSITIVE, _CERTAIN)[self.rules.judge(name, self.tool)]
         low = name.lower()
-        beside = low in _VALUES | _ROW_LISTS | _ARGUMENTS or low.endswith("value")
-        if beside or (low == "key" and verdict == _SENSITIVE):
+        if low == "key" or low.endswith(_VALUE_ENDS) or low in _VALUES | _ROW_LISTS | _ARGUMENTS:
             verdict |= _BESIDE
         if self.rules.clean(name)[0] != name:
             return verdict | _ODD
@@ -2010,6 +2009,7 @@ class _Verdicts(dict[str, int]):
         return verdict
 
     def is_label(self, item: object) -> bool:
+        """Return True for a sensitive name, or a `Password field` of a page."""
         said = _label(item)
         if not 2 < len(said) <= _MAX_NAME_CHARS or not self.rules.stems.search(said.lower()):
             return False
@@ -2031,9 +2031,11 @@ class _Walk:
             self.max_nodes = limit // 2
 
     def plain(self, value: object) -> Any:
+        """Convert a value without redacting it; never record what comes of it."""
         return json.loads(_Walk(_Verdicts(self.rules, None)).value(value, None))
 
     def declared(self, definition: object) -> _Declared | None:
+        """Return what a definition hides; most are JSON, and hide nothing."""
         if type(definition) is dict:
             with suppress(Exception):
                 text = encode_json(definition)
@@ -2041,6 +2043,7 @@ class _Walk:
         return _declare(self.plain(definition))
 
     def marker(self, value: object) -> str:
+        """Return a secret's marker, and collect what it may echo as."""
         if self.quiet:
             return REDACTED
         plain = value if type(value) is str else self.plain(value)
@@ -2127,33 +2130,34 @@ class _Walk:
         return plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
 
     def beside(self, name: str, verdict: int, item: Any, value: dict[Any, Any]) -> tuple[int, Any]:
+        """Return a field's verdict and value after a look at its siblings."""
         for key, said in value.items():
             label = _label(key).lower()
             if name in _ROW_LISTS and label in _COLUMN_LISTS:
                 item = self.rows(item, said)
-            elif name in ("data", "stringdata") and said == "Secret" and isinstance(item, dict):
+            elif name[-4:] == "data" and said == "Secret" and isinstance(item, dict):
                 item = dict.fromkeys(item, REDACTED)
             elif name in _ARGUMENTS and label in _PROGRAMS and type(item) in (list, tuple):
                 item = self.arguments([said, *item])[1:]
+            elif label in _QUERIES and type(item) in (list, tuple):
+                item = self.bound(_label(said), item)
             # A key beside its value is a label, and stays where it reads like one.
             elif name == "key" and (label in _VALUES or self.verdicts.is_label(item)):
                 verdict &= ~_SENSITIVE if re.fullmatch("[A-Za-z][A-Za-z_. ]{0,63}", _label(item)) else -1
             # `{"name": "API_KEY", "value": …}`: the verdict on the label is that on the value.
-            elif name in _VALUES or name.endswith("value"):
+            elif name in _VALUES or name.endswith(_VALUE_ENDS):
                 labels = label in _LABELS or label.endswith(("name", "key"))
-                verdict |= self.verdicts.is_label(said) if labels else said is True and label == "sensitive"
+                verdict |= self.verdicts.is_label(said) if labels else said is True and label in _CONFIRMS
         return verdict & _CERTAIN, item
 
     def bound(self, query: str, values: Sequence[Any]) -> list[Any]:
         """Hide what would be hidden in place of a query's placeholder."""
-        if not self.rules.stems.search(_lower(query)):
+        if not self.rules.stems.search(query.lower()):
             return list(values)
         if values and type(values[0]) in (list, tuple):
             return [self.bound(query, row) if type(row) in (list, tuple) else row for row in values]
         count = itertools.count(1)
-        probe = re.sub(
-            r"(?<!\?)\?(?!\?)|%s|[$:]([0-9]+)", lambda at: f"'Zq7-{at[1] or next(count)}'", query[:20_000]
-        )
+        probe = _re(_PARAMETER).sub(lambda at: f"'Zq7-{at[1] or next(count)}'", query[:20_000])
         hidden = {secret for _, secret in self.rules.clean(probe)[1]}
         return [self.marker(one) if f"Zq7-{at}" in hidden else one for at, one in enumerate(values, 1)]
 
@@ -2269,6 +2273,7 @@ class _Walk:
         return self.value(content, declared)
 
     def text(self, text: str, declared: _Declared | None) -> str:
+        """Clean a text; one that holds JSON is walked as what it holds."""
         if self.verdicts.tool is None:
             return text
         note = ""
@@ -2301,6 +2306,7 @@ class _Walk:
 
 
 def _spellings(text: str) -> dict[str, None]:
+    """Return a text as it is, and as errors, URLs and Base64 write it."""
     from html import escape  # only for errors
     from urllib.parse import quote, quote_plus
 
@@ -2324,6 +2330,7 @@ def _without_echo(text: str, form: str, marker: str) -> str:
 
 
 def without_echoes(text: str, echoes: Iterable[str], mark: Callable[[str], str]) -> str:
+    """Return a text without the values, whole, cut short or encoded."""
     forms = set(echoes)
     forms |= {echo.partition(" ")[2] for echo in forms if echo.partition(" ")[0].lower() in _SCHEMES}
     for echo in sorted(forms, key=len, reverse=True):
@@ -2433,8 +2440,7 @@ class Redactor:
                 taken = self._rules.clean(before)[1] if isinstance(before, str) else ()
                 rules = " and ".join(dict.fromkeys(rule for rule, _ in taken)) or "what stands beside it"
                 words, judge = _name_words(name), self._rules.strength
-                spans = sorted(itertools.combinations(range(len(words) + 1), 2), key=lambda at: at[1] - at[0])
-                parts = (" ".join(words[slice(*span)]) for span in spans)
+                parts = (" ".join(words[i:j]) for j in range(len(words) + 1) for i in reversed(range(j)))
                 named = f"{next((each for each in parts if judge(each) >= strength), name)!r} in its name"
                 why = (rules, named, named, "listed under `redact`")[strength]
                 yield path, "declared sensitive" if part else why
