@@ -9948,7 +9948,7 @@ def cmd_log(args: Args) -> None:
             sys.stdout.flush()
             _say(summary(len(rows), "event", count))
         if problem:
-            _say("only events of the journal are shown")
+            problem.args = (f"only events of the journal are shown: {problem}",)
             raise problem
         if lost := sum(count for count, _ in store.losses(reading)):
             _say(f"{counted(lost, 'event')} lost in the last 30 days: see `doctor`")
