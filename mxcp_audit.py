@@ -2049,9 +2049,9 @@ class _Walk:
         plain = value if type(value) is str else self.plain(value)
         waiting: list[Any] = [plain]
         while self.echoes is not None and waiting and len(self.echoes) < _MAX_ECHOES:
-            if isinstance(item := waiting.pop(), (dict, list)):
-                waiting += list(item.values() if isinstance(item, dict) else item)[:_MAX_ECHOES]
-            elif item is not None and not isinstance(item, bool):
+            if type(item := waiting.pop()) in (dict, list):
+                waiting += list(item.values() if type(item) is dict else item)[:_MAX_ECHOES]
+            elif item is not None and type(item) is not bool:
                 self.echoes.append(str(item))
         return self.rules.mark(plain if type(plain) is str else json.dumps(plain, sort_keys=True))
 
