@@ -60,6 +60,10 @@ def work(thread):
         with audit.record("tool", name, {"number": number}):
             os.write(bodies, f"{name}\\n".encode())
             time.sleep((0, 0.001, 0.05, 0.3)[number % 4])
+def hang():
+    with audit.record("tool", f"{os.getpid()}_hangs"):
+        time.sleep(600)
+threading.Thread(target=hang, daemon=True).start()
 for thread in range(8):
     threading.Thread(target=work, args=(thread,), daemon=True).start()
 time.sleep(600)
@@ -80,6 +84,7 @@ def test_killed_every_body_has_one_row(db: Path, mode: str) -> None:
         try:
             have = bodies.stat().st_size if bodies.exists() else 0
             wait_until(lambda have=have: bodies.exists() and bodies.stat().st_size > have + 2000)  # type: ignore[misc]
+            wait_until(lambda: begun_files(db))  # of calls that have run for long; the oldest hangs
         finally:
             for child in children:
                 child.kill()
