@@ -6882,8 +6882,7 @@ def ingest_journal(target: Ledger, told: Diagnostics) -> list[JournalError]:
     seen: set[str] = set()  # an undeletable segment would be claimed for ever
     while True:
         claims, problems = target.journal.claim(limit_bytes=INGEST_BYTES, skip=seen)
-        is_more = target.journal.take_unfinished()
-        lost = target.journal.losses()
+        is_more, lost = target.journal.take_unfinished(), target.journal.losses()
         if claims or lost:
             _take(target, told, claims, lost)
         seen.update(claim.id for claim in claims)
@@ -7034,15 +7033,12 @@ SELECT DISTINCT {call_of} AS call FROM audit.logs WHERE timestamp >= coalesce({s
 def _strange_lines(engine: Engine, claims: list[Claim], faults: _Faults) -> list[list[bytes]]:
     """Return lines that the ledger lacks at the end of known segments: a cloned host goes on with a copy."""
     same: dict[str, int] = dict(engine.execute(KNOWN_LINES, {"segments": [claim.id for claim in claims]}))
-    more = []
+    reason, more = "the ledger knows a segment of this name with other lines", []
     for claim in claims:
         lines = read_file(claim.path).split(b"\n")[:-1]
-        faults[claim.id] = []
-        if claim.id in same:
-            more.append(lines[same[claim.id] :])
-        else:
-            reason = "the ledger knows a segment of this name with other lines"
-            faults[claim.id] = [(number, reason, line) for number, line in enumerate(lines, 1)]
+        strange = [] if claim.id in same else lines
+        faults[claim.id] = [(number, reason, line) for number, line in enumerate(strange, 1)]
+        more.append(lines[same.get(claim.id, len(lines)) :])
     return [*filter(None, more)]
 
 
@@ -7117,13 +7113,12 @@ class Reading:
 
     def _segments(self) -> list[str]:
         """Return the segments, and files of ends that unfinished calls will get."""
-        left = {}
-        for path, lines in self._journal.unfinished():
-            if lines:
-                left[path] = os.path.join(self._folder, os.path.basename(path))
-                replace_file(left[path], lines)
+        left = {path: lines for path, lines in self._journal.unfinished() if lines}
         segments = self._journal.segments()  # later: a call may end in between
-        return [*segments, *(left[path] for path in left.keys() - set(segments))]
+        for path in left.keys() - {*segments}:
+            segments.append(os.path.join(self._folder, os.path.basename(path)))
+            replace_file(segments[-1], left[path])
+        return segments
 
     def open_running(self, lines: bytes) -> None:
         """Define the view `running_rows` of calls that run, with seq 0."""
