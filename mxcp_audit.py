@@ -1315,7 +1315,7 @@ IDENTIFIED BY ~ dentified|password for ~ ~ (?i:identified\s+(?:with\s+\S{1,60}\s
  (?:password\s+)?|["']\s+replace\s+|password\s+for\s[^=\n]{1,100}=\s*(?:password\()?)(?=["'])
  |\bIDENTIFIED\s+BY\s+([^\s"';(]+)
 an array of characters ~ chararray() ~ secret ~ "([^"\n]{4,200})(?="\.toCharArray\(\))
-a function's argument ~ crypt(|connect|sqli|pdo(|ftp|smtp.start|jwt.|sp_addl|securestring ~ ~ (?i:
+a function's argument ~ crypt(|connect|sqli|pdo(|ftplib|smtp.start|jwt.|sp_addl|securestring ~ ~ (?i:
  pgp_sym_(?:en|de)crypt\([^,()]{1,200},\s*|\bcrypt\(\s*|sp_addlinkedsrvlogin(?:[^,\n]{1,80},){4}\s*
  |(?:getconnection|mysqli?_connect|mysqli|pdo|\bftp(?:_tls)?|dbi->connect)\(\s*<STRING>\s*,\s*<STRING>\s*,
  \s*|sp_addlogin\s+<STRING>\s*,\s*|\bsmtp\.start\(\s*(?:<STRING>\s*,\s*){4}

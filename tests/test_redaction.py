@@ -367,6 +367,11 @@ def test_redact_sensitive_key_hides_any_value_whole_but_switches(redactor: Redac
     assert Redactor(redact=["x"]).redact({"x": secret}) == {"x": REDACTED}
 
 
+def test_gate_lets_plain_sentences_pass(redactor: Redactor) -> None:
+    text = "the customer called about the invoice and will write when it is paid; happy people hope for help"
+    assert redactor._rules._gate.search(text) is None
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
