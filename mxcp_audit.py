@@ -241,6 +241,8 @@ def parse_yaml(text: str | bytes, *, path: str | None = None) -> object:
 
 
 class _YamlReader:
+    """Reads one YAML document. `places`: of pairs, by id of the mapping and key."""
+
     def __init__(self, text: str | bytes, path: str | None) -> None:
         self.path, self.pos, self.depth, self.text = path, 0, 0, ""
         self.places: dict[tuple[int, object], int] = {}  # of pairs, by id of the mapping and key
@@ -281,6 +283,7 @@ class _YamlReader:
         return text
 
     def end_line(self) -> None:
+        """Pass the rest of a line, which must be empty, to the next token."""
         if "\n" not in self.take(_BLANKS) and self.char != "\0":
             self.refuse("the end of the line")
 
@@ -342,10 +345,12 @@ class _YamlReader:
         return sequence if dash else mapping
 
     def check_key(self, start: int) -> None:
+        """Refuse what PyYAML refuses as a key between `start` and the colon."""
         if self.pos - 1 - start > MAX_KEY_CHARS or "\n" in self.text[start : self.pos]:
             self.fail(f"a key of several lines or more than {MAX_KEY_CHARS} characters; shorten it", start)
 
     def put(self, mapping: dict[object, object], key: object, value: object, at: int) -> object:
+        """Enter a pair that starts at `at` and return the mapping."""
         if isinstance(key, (dict, list)):
             self.fail("a collection as a key; use text", at)
         if key in mapping:  # 1, 1.0 and true are equal
@@ -417,6 +422,7 @@ class _YamlReader:
         return self.plain(text, start)
 
     def plain(self, text: str, at: int) -> object:
+        """Return the value of plain text, typed as in YAML 1.1."""
         word = text.lower()
         if word in _YAML_WORDS and text in {word, word.title(), word.upper(), ".NaN"} - {".Nan"}:
             return _YAML_WORDS[word]
@@ -462,6 +468,7 @@ class _YamlReader:
         return chr(int(part[2:], 16))
 
     def block_scalar(self, indent: int) -> str:
+        """The `|` or `>` scalar at the cursor, in a collection at `indent`."""
         if not (header := self.see(_BLOCK_HEADER)):
             self.fail("only +, -, a digit and a comment may follow | or >; quote text")
         self.pos = header.end()
@@ -703,6 +710,7 @@ SETTINGS = {
 def check_settings(
     settings: Mapping[str, object], place: Callable[[str], dict[str, Any]] = lambda name: {"trail": (name,)}
 ) -> dict[str, Any]:
+    """Return the settings as `Config` holds them; `place` tells their places."""
     checked = {}
     for name, value in settings.items():
         try:
@@ -763,6 +771,7 @@ class _SiteFile(_YamlReader):
         return value
 
     def profile(self, argument: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
+        """The name of the profile that holds, and who chose it."""
         chosen: dict[str, object] = {
             "argument": argument,
             "MXCP_PROFILE": environ.get("MXCP_PROFILE") or None,
@@ -782,6 +791,7 @@ class _SiteFile(_YamlReader):
 
 
 def config_from_arguments(path: str | os.PathLike[str], **settings: object) -> Config:
+    """Return the settings of keyword arguments."""
     given = {"path": path, **{name: value for name, value in settings.items() if value is not None}}
     checked = check_settings(given)
     is_remote = is_attach_target(checked["path"])
@@ -2677,6 +2687,7 @@ def finish_line(line: bytes, seq: int) -> bytes:
 
 
 def _clamped(duration_ms: Any) -> int | None:
+    """Return an integer of 0 … 2³¹−1, or None for what is no number."""
     try:
         return round(min(max(0.0, float(duration_ms)), MAX_DURATION_MS))  # in this order NaN becomes 0
     except OverflowError:
@@ -2804,6 +2815,7 @@ def sync_file(path: str, flags: int = os.O_RDWR | _NO_FOLLOW) -> None:
 
 
 def sync_directory(directory: str) -> None:
+    """Force names in a directory to the disk; Windows needs no such thing."""
     if sys.platform != "win32":
         sync_file(directory, os.O_RDONLY)
 
@@ -2828,6 +2840,7 @@ def give_to_owner(path: str, fd: int | None = None) -> None:
 
 
 def is_for_group(directory: str) -> bool:
+    """Return True for the directory of a journal with `group`."""
     return os.stat(directory or os.curdir).st_mode & _GROUP_MODE == _GROUP_MODE
 
 
@@ -2912,6 +2925,7 @@ class Segment:
 
     @property
     def size(self) -> int:
+        """Bytes of whole lines."""
         return self._end[0]
 
     @property
@@ -3090,6 +3104,7 @@ class Journal:
         return os.path.join(self.directory, name)
 
     def make_directory(self, *, durable: bool = False) -> None:
+        """Make the directory, or check the existing one."""
         parent = os.path.dirname(self.directory)
         try:
             os.makedirs(parent, exist_ok=True)
@@ -3119,6 +3134,7 @@ class Journal:
             raise JournalError(text, path=self.directory)
 
     def _files(self, suffix: str) -> list[str]:
+        """Return the files of a kind, oldest first."""
         try:
             with os.scandir(self.directory) as entries:
                 files = [entry for entry in entries if entry.name.endswith(suffix)]
@@ -3133,6 +3149,7 @@ class Journal:
         return self._files(SEGMENT_SUFFIX)
 
     def identity(self) -> str:
+        """Return this journal's name in the ledger; hold the ingest lock."""
         path = self._path("journal.id")
         with suppress(FileNotFoundError):
             if known := re.fullmatch(rb"\s*([0-9a-f]{1,64})\s*", read_file(path)):
@@ -3164,6 +3181,7 @@ class Journal:
             os.utime(self._lock_path)
 
     def is_ingest_waiting(self) -> bool:
+        """Return True if an ingest that asked for its turn lately goes on."""
         with suppress(OSError, JournalError):
             if 0 <= self._clock() - os.lstat(self._lock_path).st_mtime_ns < _TURN_SECONDS * 1e9:
                 with self.ingest_lock(shared=True) as is_free:
@@ -3237,6 +3255,7 @@ class Journal:
                     yield path, sign.strftime(LINE_TIME), calls_in(file.read())
 
     def running(self) -> bytes:
+        """Return lines of the calls that run on this host."""
         now = utc_now().strftime(LINE_TIME)
         return b"".join([lines_of(calls, now, over=False) for *_, calls in self.begun(live=True)])
 
@@ -3287,6 +3306,7 @@ class Journal:
         return claims, problems
 
     def survey(self) -> dict[str, Any]:
+        """Count the files by state, for `doctor`."""
         state: dict[str, Any] = dict.fromkeys(("live", "sealed", "orphaned", "bytes"), 0)
         state |= {kind: len(self._files("." + kind)) for kind in ("torn", "rejected")}
         state["oldest_pending"] = None
@@ -3310,6 +3330,7 @@ class Journal:
         return state
 
     def waiting_bytes(self) -> int:
+        """Return the size of all segments."""
         return sum(map(_size_of, self.segments()))
 
 
@@ -3411,6 +3432,7 @@ class Begun:
         self.start_afresh()
 
     def start_afresh(self) -> None:
+        """Begin anew, as in a child after a fork."""
         if self._file:
             self._file.forget()
         self._file = None
@@ -3424,6 +3446,7 @@ class Begun:
         self.fresh = False  # there are calls on record that nobody was told of
 
     def begin(self, call: Any) -> int:
+        """Return the number of a call that begins."""
         number = next(self._numbers)
         self._running[number] = call
         return number
@@ -3492,6 +3515,7 @@ class Begun:
                 yield 0.0 if call.strict else call.started - brief, number, call
 
     def due_in(self) -> float:
+        """Return the seconds until `write` has something to do."""
         sign = self._signed + _SIGN_SECONDS - time.monotonic() if self.on_record else inf
         return max(0.0, min([sign, *(due for due, _, _ in self._waiting())]))
 
@@ -3583,6 +3607,7 @@ class Appender:
         self._before, self._segment = self.done, None
 
     def _write_again(self, segment: Segment) -> None:
+        """Write a segment again that was moved; empty the old one."""
         events = segment.events
         try:
             held = os.pread(segment.number(), segment.size, 0)
@@ -3713,6 +3738,7 @@ class Ingester:
         return self.due_in()
 
     def _begin(self) -> None:
+        """Seal and start a child, unless another process ingests."""
         appender, self._covers = self._appender, self.wanted
         if not (appender.sealed or appender.waiting_since() < inf or self._due_settings()["retention"]):
             self.tried = self.wanted
@@ -3795,6 +3821,7 @@ class Ingester:
         self._not_before, self._away_until = now + pause, now + away
 
     def _due_settings(self) -> dict[str, object]:
+        """Return the settings, `retention` among them once a day."""
         is_due = time.monotonic() >= self._next_daily
         return {**self._settings, "retention": self._settings["retention"] if is_due else None}
 
@@ -3870,6 +3897,7 @@ class Writer:
         self.start_afresh()
 
     def start_afresh(self) -> None:
+        """Begin anew, as in a child after a fork: what is queued is the parent's."""
         self._appender.start_afresh()
         self._ingester.start_afresh()
         self._threads = threads = native_threads()
@@ -3909,6 +3937,7 @@ class Writer:
         return ticket
 
     def begin(self, call: object) -> int:
+        """Have a call put on record while it runs, and return its number."""
         number = self.begun.begin(call)
         self._rouse_if_asleep()
         return number
@@ -5846,6 +5875,7 @@ EVENT_ID = "segment || ':' || seq::VARCHAR"
 
 
 def public_select(**more: bool) -> str:
+    """Return `public_values` as the SELECT list of every output."""
     return ", ".join(f"{value} AS {name}" for name, value in public_values(**more))
 
 
@@ -5881,6 +5911,7 @@ EXPORT_FORMATS = (*COPY_OPTIONS, "duckdb", "sqlite")
 
 
 def export_format(path: str) -> str | None:
+    """Return the export format of a file's name, None if its extension is unknown."""
     return next((form for form in EXPORT_FORMATS if path.lower().endswith("." + form)), None)
 
 
@@ -5944,6 +5975,7 @@ class Filter(NamedTuple):
     min_ms: int | None = None
 
     def where(self) -> str:
+        """Return the WHERE condition, `true` if everything is meant."""
         named = [
             f"(type = '{kind[:-1]}' AND {_has_name('name', name)})"
             for kind in ("tools", "resources", "prompts")
@@ -6031,11 +6063,13 @@ def postgres_message(text: str) -> str:
 
 
 def is_data_fault(error: QueryError) -> bool:
+    """Return True if a statement failed because of its input."""
     kinds = ("invalid input error", "conversion error", "out of range error", "out of memory")
     return str(error).lower().startswith(kinds)
 
 
 def bind(sql: str, params: Params) -> str:
+    """Replace the `$name` parameters of a statement by literals."""
     return re.sub(r"\$([a-z_]+)", lambda name: sql_literal(params[name[1]]), sql) if params else sql
 
 
@@ -6057,15 +6091,18 @@ class Engine(Protocol):
     name: str
 
     def version(self) -> str:
+        """Return DuckDB's version, such as "2.0.1"."""
         return str(self.execute("SELECT version()")[0][0]).lstrip("v")
 
     def execute(self, sql: str, params: Params = {}) -> list[Row]:
+        """Run one statement and return its rows."""
         return list(self.stream(sql, params))
 
     def stream(self, sql: str, params: Params = {}) -> Iterator[Row]:
         """Run one statement and yield its rows; read them all before the next."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """End the session. Twice is harmless."""
 
 
 def _duckdb() -> Any:
@@ -6264,6 +6301,7 @@ def _scratch_directory() -> str:
 
 
 def find_program(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return the path of the `duckdb` program, None if there is none."""
     import shutil
 
     # The package's own `duckdb` on PATH is a wrapper in Python, and slow.
@@ -6442,6 +6480,8 @@ WHERE granted AND relation::regclass::text ~ 'logs|ledger|ducklake' AND pid <> p
 
 
 class Target:
+    """The database of a configuration."""
+
     def __init__(self, config: Config, journal: Journal, opener: Opener = open_engine) -> None:
         self.path: str = config.path
         self.is_file: bool = not is_attach_target(config.path)
@@ -6587,6 +6627,7 @@ class Target:
                 sync_directory(folder)
 
     def is_absent(self) -> bool:
+        """Return True if there is no database file, or an empty one."""
         try:
             return self.is_file and os.stat(self.path).st_size == 0
         except FileNotFoundError:
@@ -6595,6 +6636,7 @@ class Target:
             raise StoreError(f"{self.path}: {error.strerror}; check the path and its permissions") from error
 
     def columns(self, engine: Engine) -> dict[str, dict[str, str]]:
+        """Return the column types of `logs` and `ledger`, if they exist."""
         if not self._is_quack:
             return column_types(engine)
         columns = "column_name, column_type FROM (DESCRIBE audit."  # duckdb_columns() lists none there
@@ -6670,6 +6712,7 @@ WHERE database_name = 'audit' AND NOT regexp_full_match(table_name, 'logs|ledger
 
 
 def column_types(engine: Engine, sql: str = TABLE_TYPES) -> dict[str, dict[str, str]]:
+    """Return types of columns, by table and name."""
     types: dict[str, dict[str, str]] = {}
     for table, column, sql_type in engine.execute(sql):
         types.setdefault(table, {})[column] = sql_type
@@ -6740,6 +6783,7 @@ def seal_keys(environ: Mapping[str, str] = os.environ) -> tuple[bytes, ...]:
 
 
 def make_seal(previous: str, row: str, key: bytes | None) -> str:
+    """Return the seal of an entry."""
     import hashlib
     import hmac
 
@@ -6854,6 +6898,7 @@ FROM audit.ledger WHERE $journal IS NULL OR journal = $journal GROUP BY ALL ORDE
 
 
 def known_segments(engine: Engine, segments: Collection[str], *, kind: str = "segment") -> set[str]:
+    """Return which of the segments have an entry of a kind."""
     sql = f"SELECT segment FROM audit.ledger WHERE kind = '{kind}' AND {among('segment', segments)}"
     return {segment for (segment,) in engine.execute(sql)} if segments else set()
 
@@ -7128,6 +7173,7 @@ class Reading:
         self._define("running_rows", journal_rows([path] if lines else [], len(lines)))
 
     def open_views(self, table: Mapping[str, str] | None, segments: Sequence[str]) -> None:
+        """Define the views `table_rows` and `journal_rows`."""
         self.has_table = table is not None
         if table is None or dict(COLUMNS) != table:
             self.schema = None  # PostgreSQL lacks what is converted
@@ -7145,6 +7191,7 @@ class Reading:
         self._define("journal_rows", "SELECT * FROM journal_copy")
 
     def _source(self, what: Filter, views: Sequence[str] = _BOTH, tail: str = "") -> str:
+        """Return the query of the events in these views."""
         where = what.where()
         return " UNION ALL BY NAME ".join(f"(SELECT * FROM {view} WHERE {where}{tail})" for view in views)
 
@@ -7263,6 +7310,7 @@ WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER BY ingested_at, po
         return int(matching if count is None else min(count, matching))
 
     def _write(self, sql: str, target: str, form: str) -> None:
+        """Write a query's rows to a new file."""
         execute = self.engine.execute
         if form == "sqlite":
             import sqlite3
@@ -7330,6 +7378,8 @@ SELECT segment FROM sound_ledger WHERE kind IN ('segment', 'legacy') AND last_ev
 
 
 class Finding(NamedTuple):
+    """One difference from what the ledger says."""
+
     kind: str  # changed, removed, inserted (events); chain, cut (the ledger); table (its form)
     text: str
     segment: str | None = None
@@ -7433,6 +7483,7 @@ class Verdict:
             self.more_findings += 1
 
     def run(self, *, checkpoint: Sequence[Head] = (), since: str | None = None) -> None:
+        """Verify the chains, then each segment."""
         if self.open(checkpoint):
             if since is not None:
                 rows = f"SELECT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $moment::TIMESTAMP"
@@ -7467,6 +7518,7 @@ class Verdict:
         return has_ledger
 
     def _walk_chains(self, wanted: dict[tuple[str, int], Head]) -> None:
+        """Check every seal, and that the chains meet the checkpoints."""
         totals = collections.Counter[str]()
         for name, entries in itertools.groupby(self._engine.stream(CHAIN), key=lambda row: row[0]):
             head, unkeyed = Head(name, 0, 0, ""), list[tuple[str, int]]()
@@ -7586,6 +7638,7 @@ class Verdict:
 
 
 def plain_seals(engine: Engine) -> dict[str, str]:
+    """Return the end of each journal's chain as if sealed without a key."""
     view_tables(engine)
     seals: dict[str, str] = {}
     for name, *_, row in engine.stream(CHAIN):
@@ -7594,6 +7647,7 @@ def plain_seals(engine: Engine) -> dict[str, str]:
 
 
 def prove(engine: Engine, event_id: str) -> dict[str, Any]:
+    """Do what `Store.prove` says; docs/security.md describes the form."""
     view_tables(engine)
     segment, _, seq = event_id.rpartition(":")
     asked = {"segment": segment, "seq": int(seq) if seq.isdecimal() else -1}
@@ -7802,6 +7856,8 @@ WHERE ingested_at <= {sql_literal(now)}::TIMESTAMP AND isfinite(ingested_at) ORD
 
 
 class Restored(NamedTuple):
+    """What a restore did."""
+
     events: int  # that the database holds now
     back: int  # of these, how many it did not hold before
     kept: str | None  # where the replaced database is, if there was one
@@ -7943,6 +7999,7 @@ class Store:
         return {"done": True, "retained": self._retention is None, "head": head}
 
     def _run_ingest(self, wait: float) -> list[JournalError]:
+        """Ingest; wait for a database that others hold."""
         end, pause = time.monotonic() + wait, 0.0
         while True:
             try:
@@ -8047,6 +8104,7 @@ FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
 
     @contextlib.contextmanager
     def _alone(self, wait: float) -> Iterator[None]:
+        """Hold the ingest lock, trying for `wait` seconds."""
         self.journal.make_directory()
         for _ in tries(wait):
             with self.journal.ingest_lock() as mine:
@@ -8137,6 +8195,7 @@ FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
                 return old.st_size, os.stat(path).st_size
 
     def _settled(self, path: str, wait: float) -> os.stat_result:
+        """Write the WAL into the database file, and return the file's state."""
         with self.target.session(wait, write=True) as engine:
             engine.execute("CHECKPOINT audit")
         return os.stat(path)
@@ -8149,6 +8208,7 @@ FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
         return os.path.realpath(self.target.path)
 
     def refuse_journal(self, path: str) -> None:
+        """Raise StoreError if `path` lies in the journal, where nothing else belongs."""
         journal = os.path.realpath(self.journal.directory)
         if os.path.join(os.path.realpath(path), "").startswith(os.path.join(journal, "")):
             raise StoreError(f"{path} lies in the journal; name a place elsewhere")
@@ -9242,6 +9302,7 @@ class StdioAudit(Exchange):
             call.end() if waits else call._end(None)
 
     def close(self, reason: str) -> None:  # of what is unanswered
+        """Record every unanswered call, with `reason` as its error."""
         for key in list(self._pending):
             self.finish(key, reason, waits=False)
         self._logger.unfinished.close()
@@ -9290,6 +9351,7 @@ def _key_of(value: object) -> object:
 
 
 def _json_int(text: str) -> int | str:
+    """Take a number of any length, as JavaScript does."""
     return int(text) if len(text) <= 640 else text  # JavaScript takes any; Python's limit is never lower
 
 
