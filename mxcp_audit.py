@@ -9174,7 +9174,8 @@ class Importer:
                 return
             except (ValueError, OSError, EOFError, zlib.error) as error:
                 self._bad += 1
-                self._on_bad_line(f"{path}:{number}: {getattr(error, 'strerror', None) or error}")
+                place = f"{path}:{number}" if number else path
+                self._on_bad_line(f"{place}: {getattr(error, 'strerror', None) or error}")
                 continue
             if event is not None:
                 self._digest.update(line)
@@ -10317,7 +10318,7 @@ def cmd_import(args: Args) -> int:
         events, known, bad = importer.take(path)
         code = EXIT_FAILED if bad else code
         more = f", {known} known already" if known else ""
-        more += f", {counted(bad, 'bad line')} left out" if bad else ""
+        more += f"; {counted(bad, 'fault')}" if bad else ""
         _say(f"{path}: {counted(events, 'event')} imported{more}")
     return code
 

@@ -178,7 +178,7 @@ def test_import_bad_lines_named_good_ones_taken(tmp_path: Path, cli: Cli) -> Non
     assert [line.split(" ")[0] for line in told[:-1]] == [
         f"a.jsonl:{n}:" for n in (3, 4, 5, 6, 7, 8, 9, 10, 12)
     ]
-    assert told[-1] == "a.jsonl: 2 events imported, 9 bad lines left out"
+    assert told[-1] == "a.jsonl: 2 events imported; 9 faults"
     assert [event["name"] for event in events(cli)] == ["t1", "t2"]
 
 
@@ -216,12 +216,12 @@ def test_import_files_that_are_none(tmp_path: Path, cli: Cli) -> None:
     mixed = cli("import", "--db", "other.duckdb", "absent.jsonl", "cut.gz", "damaged.gz", "a.jsonl")
     assert mixed.returncode == 1
     absent, no_events, cut, begun, damaged, nothing, good = mixed.stderr.splitlines()
-    assert absent == "absent.jsonl:0: No such file or directory"
-    assert no_events == "absent.jsonl: 0 events imported, 1 bad line left out"
+    assert absent == "absent.jsonl: No such file or directory"
+    assert no_events == "absent.jsonl: 0 events imported; 1 fault"
     taken = int(cut.split(":")[1])
     assert "end-of-stream marker" in cut and 500 < taken < 1500
-    assert begun == f"cut.gz: {taken} events imported, 1 bad line left out"
-    assert damaged.startswith("damaged.gz:0: ") and nothing.startswith("damaged.gz: 0 events")
+    assert begun == f"cut.gz: {taken} events imported; 1 fault"
+    assert damaged.startswith("damaged.gz: ") and nothing.startswith("damaged.gz: 0 events")
     assert good == "a.jsonl: 1 event imported"
     assert len(events(cli)) == 1
     shown = cli("log", "--db", "other.duckdb", "--json", "--limit", "9999").stdout

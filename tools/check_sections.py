@@ -216,7 +216,7 @@ def check(source: str) -> list[str]:
     return sorted(set(faults))
 
 
-BUDGET_BYTES = 510_200
+BUDGET_BYTES = 510_300
 
 
 def sizes(source: str) -> str:
