@@ -38,7 +38,13 @@ PROMISES: dict[str, tuple[str, str, str, str, str]] = {
     "old_purge": ("entries", "a forged purge of the form of 0.1, with false rows", "no", "yes", "yes"),
     "purge": ("entries", "a forged purge of genuine segments", "no", "shown", "yes"),
     "append": ("entries", "forged events or losses at the end", "no", "no", "yes"),
-    "form": ("files", "a view, another type, a default, a collation for a plain column", "yes", "yes", "yes"),
+    "form": (
+        "files",
+        "a view, a type of another kind (not a wider integer), a default, a collation for a plain column",
+        "yes",
+        "yes",
+        "yes",
+    ),
     "cut": ("files", "an older copy, or the end cut off, or everything removed", "no", "yes", "no"),
 }
 GIVEN = ("nothing", "checkpoint", "key")
