@@ -4215,6 +4215,7 @@ class Writer:
 MCP_METHODS = {"tools/call": "tool", "resources/read": "resource", "prompts/get": "prompt"}
 DeniedBy: TypeAlias = type[BaseException] | tuple[type[BaseException], ...]
 Function = TypeVar("Function", bound=Callable[..., Any])
+Done: TypeAlias = Callable[[], bool]
 
 _MAX_CAUSES = 64  # chains may be circular
 _MAX_UNFINISHED = 10_000  # arbitrary
@@ -4301,7 +4302,7 @@ class Call:
         """Put the call on record as running; AuditUnavailableError if `strict` and too late."""
         self._logger.wait(self, self._begin())
 
-    def _begin(self) -> Callable[[], bool] | None:
+    def _begin(self) -> Done | None:
         """Begin, once; return what the body must wait for, if anything."""
         logger = self._logger
         if self.number or self.outer is not None or not logger.enabled:
@@ -4315,7 +4316,7 @@ class Call:
         """Record the call, once: for code that can't use `with`."""
         self._logger.wait(self, self._end(error), error)
 
-    def _end(self, error: BaseException | None) -> Callable[[], bool] | None:
+    def _end(self, error: BaseException | None) -> Done | None:
         """End, once; return what the answer must wait for, if anything."""
         if self.ended:
             return None
@@ -4327,9 +4328,10 @@ class Call:
                 if self.status != "error":  # else it is known from nearer to the cause
                     self.fail(describe_exception(error), type_of_error(error))
                 with suppress(TypeError):  # of a `denied_by` that holds no exceptions
-                    causes = _errors_in(error, with_causes=True)
-                    denial = next((each for each in causes if isinstance(each, self.denied_by)), None)
-                    if denial is not None and self.policy_decision == "n/a":
+                    denials = (
+                        e for e in _errors_in(error, with_causes=True) if isinstance(e, self.denied_by)
+                    )
+                    if self.policy_decision == "n/a" and (denial := next(denials, None)) is not None:
                         self.policy("deny", describe_exception(denial, with_type=False))
         finally:  # an interrupt loses no call
             outer, has_failed = self.outer, self.status == "error"
@@ -4343,7 +4345,7 @@ class Call:
             ticket = logger.finish(self)
         if outer is not None and outer.waits:  # for this, which it began
             return outer._end(error)
-        return functools.partial(logger.is_written, ticket) if self.strict or logger.config.durable else None
+        return (lambda: logger._writer.written >= ticket) if self.strict or logger.config.durable else None
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -4509,21 +4511,14 @@ def _kinds(denied_by: DeniedBy) -> tuple[type[BaseException], ...]:
     return denied_by if isinstance(denied_by, tuple) else (denied_by,)
 
 
-class Unfinished:
-    """Calls that were answered and go on, by any key."""
-
-    def __init__(self) -> None:
-        self._calls: dict[Call, tuple[object, float, str]] = {}  # key, deadline, error; oldest first
+class Unfinished(dict[Call, tuple[object, float, str]]):
+    """Calls that were answered and go on, oldest first, with key, deadline and error."""
 
     def put(self, key: object, call: Call, error: str, seconds: float = inf) -> None:
         """Keep a call; it fails with `error` if nobody takes it in time."""
-        self._calls[call] = key, time.monotonic() + seconds, error
-        if len(self._calls) > _MAX_UNFINISHED:
-            self._give_up(next(iter(self._calls.copy())))  # other threads put, too
-
-    def _give_up(self, call: Call) -> None:
-        if kept := self._calls.pop(call, None):  # else another thread was faster
-            _forgotten(call, kept[2])
+        self[call] = key, time.monotonic() + seconds, error
+        if len(self) > _MAX_UNFINISHED:
+            self.close(most=1)
 
     def put_answered(self, call: Call, result: object) -> bool:
         """Keep a call if its answer says that it goes on; else return False."""
@@ -4540,12 +4535,12 @@ class Unfinished:
 
     def take(self, key: object) -> Call | None:
         """Return the oldest call that was kept under this key."""
-        kept = self._calls.copy().items()
-        return next((call for call, (its, *_) in kept if its == key and self._calls.pop(call, False)), None)
+        kept = self.copy().items()  # other threads put and take, too
+        return next((call for call, (its, *_) in kept if its == key and self.pop(call, False)), None)
 
     def resumed(self, call: Call, message: object) -> Call:
         """Return the call that a message resumes, else `call`."""
-        if not self._calls:
+        if not self:
             return call
         self.close(time.monotonic())
         goes_on = _get(message, "request_state", "requestState", "input_responses", "inputResponses")
@@ -4563,14 +4558,11 @@ class Unfinished:
                 conclude(call, answer)
             call.end()
 
-    def close(self, now: float = inf) -> None:
-        """Record the calls that are overdue by now, or all."""
-        for call, (_, deadline, _) in self._calls.copy().items():
-            if deadline <= now:
-                self._give_up(call)
-
-    def __bool__(self) -> bool:
-        return bool(self._calls)
+    def close(self, now: float = inf, most: int | None = None) -> None:
+        """Record the calls that are overdue by now, or all, or the oldest."""
+        for call, (_, deadline, error) in list(self.copy().items())[:most]:
+            if deadline <= now and self.pop(call, False):  # else another thread was faster
+                _forgotten(call, error)
 
 
 def _leg_of(call: Call, message: object) -> object:
@@ -4833,10 +4825,8 @@ class Exchange:
         origin = origin_of(context, self._logger.config.trusted_proxies)
         origin.update(arguments=arguments, denied_by=self._denied_by, caller=self._caller or origin["caller"])
         origin["server"] = _text(_get(server, "name")) or self.server
-        unfinished: Unfinished = self._logger.unfinished
-        return unfinished.resumed(
-            Call(self._logger, event_type, name_of(message), arguments, **origin), message
-        )
+        call = Call(self._logger, event_type, name_of(message), arguments, **origin)
+        return cast(Call, self._logger.unfinished.resumed(call, message))
 
     def see(self, method: str, message: object, result: object) -> None:
         """Take the server's name, or the state of a task, from another answer."""
@@ -5378,9 +5368,6 @@ class AuditLogger(contextlib.AbstractContextManager["AuditLogger"]):
         except BaseException as fault:
             return self.report_fault("an input could not be encoded", fault), echoes
 
-    def is_written(self, ticket: int) -> bool:
-        return self._writer.written >= ticket
-
     def is_strict(self, name: str) -> bool:
         """Return True for a name that is executed only on record."""
         return bool(self.config.strict) and self._strict(str(name)) is not None
@@ -5404,9 +5391,7 @@ class AuditLogger(contextlib.AbstractContextManager["AuditLogger"]):
                 begun.ended(call.number, ticket or self._writer.accepted)
         return ticket
 
-    def wait(
-        self, call: Call, done: Callable[[], bool] | None, error: object = None, *, late: bool = False
-    ) -> None:
+    def wait(self, call: Call, done: Done | None, error: object = None, *, late: bool = False) -> None:
         """Wait for a call's begin or line; AuditUnavailableError if late, unless the call failed."""
         if done is None or done():
             return
@@ -5422,7 +5407,7 @@ class AuditLogger(contextlib.AbstractContextManager["AuditLogger"]):
         call._end(refusal)
         raise refusal
 
-    async def wait_async(self, call: Call, done: Callable[[], bool], error: object = None) -> None:
+    async def wait_async(self, call: Call, done: Done, error: object = None) -> None:
         """Do the same while the event loop goes on."""
         running_loop = _loaded("asyncio", "_get_running_loop")
         loop = running_loop and running_loop()
@@ -5591,13 +5576,13 @@ class AuditLogger(contextlib.AbstractContextManager["AuditLogger"]):
     @classmethod
     def _at_fork(cls, step: str) -> None:
         """Have each writer take a step; a child has nothing queued or running."""
-        for reference in cls._known.valuerefs():  # a copy: other threads may make more meanwhile
-            if (logger := reference()) is not None:
-                if step == "start_afresh":
-                    cls._started.discard(logger)
-                    logger.refused, logger.unfinished = 0, Unfinished()
-                    logger._diagnostics.start_afresh()
-                getattr(logger._writer, step)()
+        loggers = [reference() for reference in cls._known.valuerefs()]  # other threads may make more
+        for logger in filter(None, loggers):
+            if step == "start_afresh":
+                cls._started.discard(logger)
+                logger.refused, logger.unfinished = 0, Unfinished()
+                logger._diagnostics.start_afresh()
+            getattr(logger._writer, step)()
 
 
 def redactor_of(config: Config) -> Redactor:
@@ -9524,13 +9509,14 @@ def _reader_is_gone(fd: int, seconds: float | None = None) -> bool:
 
 def end_like(code: int) -> int:
     """Return a child's exit code, or die of the signal that it died of."""
-    if code < 0:
-        import signal
+    if code >= 0:
+        return code
+    import signal
 
-        with suppress(OSError, ValueError):  # SIGKILL has no handler to reset
-            signal.signal(-code, signal.SIG_DFL)
-        os.kill(os.getpid(), -code)
-    return code if code >= 0 else 128 - code
+    with suppress(OSError, ValueError):  # SIGKILL has no handler to reset
+        signal.signal(-code, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
+    return 128 - code
 
 
 # == Commands ==
