@@ -42,7 +42,7 @@ import threading
 import time
 import types
 import weakref
-from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from math import inf, isfinite, nan
 from typing import (
@@ -4347,15 +4347,6 @@ class Call:
             return outer._end(error)
         return (lambda: logger._writer.written >= ticket) if self.strict or logger.config.durable else None
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Be the call that runs, within the block."""
-        before = _running.set(self)
-        try:
-            yield
-        finally:
-            _running.reset(before)
-
     def _leave(self) -> None:
         """Be no longer the call that runs; twice is harmless."""
         try:  # noqa: SIM105 - faster
@@ -5032,21 +5023,6 @@ def _is_registered(function: object) -> bool:
 _UNHELD = (lambda function: (lambda each: sys.getrefcount(each))(function))(lambda: None)
 
 
-class _Steps(Generator[Any, Any, Any]):
-    """A generator whose steps are part of a call; other code runs between."""
-
-    def __init__(self, call: Call, generator: Any) -> None:
-        self._call, self._generator = call, generator
-
-    def send(self, value: Any) -> Any:
-        with self._call.running():
-            return self._generator.send(value)
-
-    def throw(self, *error: Any) -> Any:
-        with self._call.running():
-            return self._generator.throw(*error)
-
-
 _TESTS: dict[object, str] = {
     types.AsyncGeneratorType: "isasyncgenfunction",
     types.GeneratorType: "isgeneratorfunction",
@@ -5065,30 +5041,41 @@ def _recorded(kind: object, function: Callable[..., Any], start: Callable[..., C
         async with start(args, kwargs):
             return await function(*args, **kwargs)
 
+    # The steps of a generator are part of the call; other code runs between.
     def _generator(*args: Any, **kwargs: Any) -> Any:
         with start(args, kwargs) as call:
-            call._leave()
-            return (yield from _Steps(call, function(*args, **kwargs)))
+            generator = function(*args, **kwargs)
+            step, value = generator.send, None
+            while True:
+                try:
+                    item = step(value)
+                except StopIteration as end:
+                    return end.value
+                call._leave()
+                try:
+                    step, value = generator.send, (yield item)
+                except BaseException as error:
+                    step, value = generator.throw, error
+                finally:
+                    call._before = _running.set(call)
 
     async def _async_generator(*args: Any, **kwargs: Any) -> Any:
-        async with start(args, kwargs) as call:
-            call._leave()
-            generator = function(*args, **kwargs)
+        async with start(args, kwargs) as call, contextlib.aclosing(function(*args, **kwargs)) as generator:
             step, value = generator.asend, None
             while True:
                 try:
-                    with call.running():
-                        item = await step(value)
+                    item = await step(value)
                 except StopAsyncIteration:
                     return
+                call._leave()
                 try:
                     step, value = generator.asend, (yield item)
-                except GeneratorExit:  # of aclose; the loop may have closed `generator` first
-                    with call.running():
-                        await generator.aclose()
+                except GeneratorExit:  # of aclose
                     raise
                 except BaseException as error:
                     step, value = generator.athrow, error
+                finally:
+                    call._before = _running.set(call)
 
     return dict(zip(_TESTS, (_async_generator, _generator, _coroutine))).get(kind, _plain)
 
