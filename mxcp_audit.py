@@ -4279,9 +4279,7 @@ class Call:
 
     def event(self) -> tuple[Any, ...]:
         """Return the arguments of `Encoder.line`."""
-        context: object = {**self.details, **self.context} if self.context else None
-        if context is None and self.details:
-            context = _json_of(tuple(self.details.items()))
+        context = {**self.details, **self.context} if self.context else _json_of((*self.details.items(),))
         return (
             *(self.caller, self.event_type, self.name, self.input_json, self.duration_ms),
             *(self.policy_decision, self.reason, self.status, self.error),
@@ -4307,7 +4305,7 @@ class Call:
         logger = self._logger
         if self.number or self.outer is not None or not logger.enabled:
             return None
-        self.strict = logger.is_strict(self.name)
+        self.strict = bool(logger.config.strict and logger.strict_names(str(self.name)))
         self.number = logger._writer.begin(self)
         is_on_record = logger._writer.begun.on_record.__contains__
         return functools.partial(is_on_record, self.number) if self.strict else None
@@ -4382,8 +4380,8 @@ class Call:
 
 
 @functools.lru_cache(1024)  # most calls of a session are alike in this
-def _json_of(details: tuple[tuple[str, object], ...]) -> Json:
-    return Json(encode_json(dict(details)))
+def _json_of(details: tuple[tuple[str, object], ...]) -> Json | None:
+    return Json(encode_json(dict(details))) if details else None
 
 
 _running: contextvars.ContextVar[Call | None] = contextvars.ContextVar("mxcp_audit", default=None)
@@ -4611,20 +4609,16 @@ def origin_of(context: object, proxies: Sequence[str] = ()) -> dict[str, Any]:
     return origin
 
 
-_peers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-
-
-def _peer_of(session: object) -> Any:
+def _peer_of(session: Any) -> Any:
     """Return client and protocol version as a session knows them."""
     connection = getattr(session, "_connection", session)  # the SDK 2 makes a session for each request
-    with suppress(KeyError, TypeError):  # no weak references
-        return _peers[connection]
-    init = _get(session, "client_params")
-    version = _text(_get(init, "protocol_version", "protocolVersion"))
-    peer = client_of(_get(init, "client_info", "clientInfo")), version
-    with suppress(TypeError):
+    if (peer := getattr(connection, "__mxcp_audit__", None)) is None:
+        init = _get(session, "client_params")
+        version = _text(_get(init, "protocol_version", "protocolVersion"))
+        peer = client_of(_get(init, "client_info", "clientInfo")), version
         if peer[0] is not None:
-            _peers[connection] = peer
+            with suppress(Exception):  # it has no room
+                connection.__mxcp_audit__ = peer
     return peer
 
 
@@ -5260,7 +5254,7 @@ class AuditLogger(contextlib.AbstractContextManager["AuditLogger"]):
         drops, at_once, start = config.on_full == "drop", bool(config.strict), self._activate
         self._writer = Writer(appender, ingester, drop_when_full=drops, on_start=start, at_once=at_once)
         strict = "|".join(re.escape(name).replace(r"\*", ".*") for name in config.strict)
-        self._strict = re.compile(strict or "(?!)", re.DOTALL).fullmatch
+        self.strict_names = re.compile(strict, re.DOTALL).fullmatch  # asked only if there are some
         self.refused, self.unfinished = 0, Unfinished()
         self._known[id(self)] = self
 
@@ -5354,10 +5348,6 @@ class AuditLogger(contextlib.AbstractContextManager["AuditLogger"]):
             raise
         except BaseException as fault:
             return self.report_fault("an input could not be encoded", fault), echoes
-
-    def is_strict(self, name: str) -> bool:
-        """Return True for a name that is executed only on record."""
-        return bool(self.config.strict) and self._strict(str(name)) is not None
 
     def _begin_line(self, call: Call, ref: str) -> bytes:
         """Return a call as the event that it is, should nothing follow."""

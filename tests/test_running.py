@@ -610,6 +610,7 @@ def test_strict_takes_true_false_and_names(db: Path) -> None:
         (True, 7, True),  # whatever is given as a name
     ):
         audit = m.AuditLogger(db, strict=strict)  # type: ignore[arg-type]
-        assert audit.is_strict(name) is expected
+        with audit.record("tool", name) as call:
+            assert call.strict is expected
     with pytest.raises(m.ConfigError, match="strict: must be true, false, or a list of names"):
         m.AuditLogger(db, strict="yes")
