@@ -4393,23 +4393,6 @@ def _execution() -> Call | None:
     return call and (call.outer or call)
 
 
-def _call_within(logger: Any, event_type: str, message: object = None) -> Call | None:
-    """Return the middleware's call that the caller, or a message, belongs to."""
-    # It does in the same task without a tool's code between, or as the tool that a meta tool names.
-    outer = _execution()
-    if outer is None or outer.task is None or outer.ended or _current_task() not in (None, outer.task):
-        return None
-    if (outer.event_type, outer._logger.config.path) != (event_type, logger.config.path):
-        return None
-    given, name = outer.arguments if isinstance(outer.arguments, dict) else {}, name_of(message)
-    if name and "mcp.via" not in outer.details and name in (g for g in given.values() if type(g) is str):
-        outer.details["mcp.via"], outer.name = outer.name, name
-        outer.take_input(_get(message, "arguments"))
-    elif not _only_frameworks_between(outer.task):
-        return None
-    return outer
-
-
 def _current_task() -> object:
     try:
         return sys.modules["asyncio"].current_task()
@@ -4489,15 +4472,6 @@ def _errors_in(error: BaseException, *, with_causes: bool = False) -> Iterator[B
         cause = each.__cause__ or each.__context__
         errors += [cause] if with_causes and cause is not None else []
         errors += _wrapped_by(each)
-
-
-def _kinds(denied_by: DeniedBy) -> tuple[type[BaseException], ...]:
-    """Return a tuple of classes; EventError for what isn't exceptions."""
-    try:
-        isinstance(None, denied_by)
-    except TypeError as error:
-        raise EventError("must be an exception class, or a tuple of them", field="denied_by") from error
-    return denied_by if isinstance(denied_by, tuple) else (denied_by,)
 
 
 class Unfinished(dict[Call, tuple[object, float, str]]):
@@ -4797,21 +4771,41 @@ def _kind_of(item: object) -> str:
 
 
 class Exchange:
-    """What the middleware and the stdio wrapper do alike."""
+    """What the middleware, the decorators and the stdio wrapper do alike."""
 
     def __init__(self, logger: Any, caller: str | None = None, denied_by: DeniedBy = ()) -> None:
+        try:
+            isinstance(None, denied_by)
+        except TypeError as error:
+            raise EventError("must be an exception class, or a tuple of them", field="denied_by") from error
         refusal = _loaded("fastmcp.exceptions", "AuthorizationError") or ()
-        self._logger, self._caller, self._denied_by = logger, caller, _kinds(denied_by) + _kinds(refusal)
+        self.logger, self.caller, self.denied_by = logger, caller, cast(DeniedBy, (denied_by, refusal))
         self.server: str | None = None
 
     def call_of(self, event_type: str, context: object, message: object, server: object = None) -> Call:
         """Return the call that a message makes, or resumes."""
         arguments = _get(message, "arguments")
-        origin = origin_of(context, self._logger.config.trusted_proxies)
-        origin.update(arguments=arguments, denied_by=self._denied_by, caller=self._caller or origin["caller"])
+        origin = origin_of(context, self.logger.config.trusted_proxies)
+        origin.update(arguments=arguments, denied_by=self.denied_by, caller=self.caller or origin["caller"])
         origin["server"] = _text(_get(server, "name")) or self.server
-        call = Call(self._logger, event_type, name_of(message), arguments, **origin)
-        return cast(Call, self._logger.unfinished.resumed(call, message))
+        call = Call(self.logger, event_type, name_of(message), arguments, **origin)
+        return cast(Call, self.logger.unfinished.resumed(call, message))
+
+    def call_within(self, event_type: str, message: object = None) -> Call | None:
+        """Return a call that is part of the middleware's, if the caller, or a message, belongs to that."""
+        # It does in the same task without a tool's code between, or as the tool that a meta tool names.
+        outer = _execution()
+        if outer is None or outer.task is None or outer.ended or _current_task() not in (None, outer.task):
+            return None
+        if (outer.event_type, outer._logger.config.path) != (event_type, self.logger.config.path):
+            return None
+        given, name = outer.arguments if isinstance(outer.arguments, dict) else {}, name_of(message)
+        if name and "mcp.via" not in outer.details and name in (g for g in given.values() if type(g) is str):
+            outer.details["mcp.via"], outer.name = outer.name, name
+            outer.take_input(_get(message, "arguments"))
+        elif not _only_frameworks_between(outer.task):
+            return None
+        return Call(self.logger, event_type, outer.name, denied_by=self.denied_by, outer=outer)
 
     def see(self, method: str, message: object, result: object) -> None:
         """Take the server's name, or the state of a task, from another answer."""
@@ -4820,7 +4814,7 @@ class Exchange:
             state = _get(result, "root") or result
             if method == "tasks/result":
                 state = {"status": "completed", "result": state}
-            self._logger.unfinished.end_task(_text(_get(message, "task_id", "taskId")), state)
+            self.logger.unfinished.end_task(_text(_get(message, "task_id", "taskId")), state)
 
 
 class Middleware(Exchange):
@@ -4836,14 +4830,12 @@ class Middleware(Exchange):
         if (docket := getattr(server, "_docket", None)) is not None:
             self._watch_tasks(docket)
         is_note = getattr(context, "request_id", "") is None
-        if event_type is None or is_note or not self._logger.enabled:
+        if event_type is None or is_note or not self.logger.enabled:
             result = await call_next(context)
             self.see(method, message, result)
             return result
-        outer = _running.get() and _call_within(self._logger, event_type, message)
-        if outer is not None:  # it is recorded further out
-            call = Call(self._logger, event_type, outer.name, denied_by=self._denied_by, outer=outer)
-        else:
+        call = _running.get() and self.call_within(event_type, message)
+        if call is None:  # else it is recorded further out
             origin = context if inside is None else _get(inside, "request_context")
             call = self.call_of(event_type, origin, message, server)
             if call.trace_id is None:
@@ -4859,7 +4851,7 @@ class Middleware(Exchange):
                     failure = error
                     await self._ask_for_refusal(call, server, error)
                     raise
-                if outer is None:
+                if call.outer is None:
                     conclude(call, result, self)
                 return result
         except AuditUnavailableError as error:
@@ -4893,7 +4885,7 @@ class Middleware(Exchange):
     def _watch_tasks(self, docket: Any) -> None:
         """Wrap what a FastMCP server runs in the background."""
         functions = _get(docket, "tasks")
-        path, watching = self._logger.config.path, getattr(docket, "__mxcp_audit__", ())
+        path, watching = self.logger.config.path, getattr(docket, "__mxcp_audit__", ())
         if type(functions) is dict and path not in watching:
             with suppress(AttributeError):
                 docket.__mxcp_audit__ = (*watching, path)
@@ -4908,9 +4900,9 @@ class Middleware(Exchange):
         task = str(_get(_context_in("docket.dependencies", "current_execution"), "key") or key)
         event_type = next((t for t in EVENT_TYPES if f":{t}:" in task), "tool")
         name = key.removeprefix(f"{event_type}:")
-        call = Call(self._logger, event_type, name.rpartition("@")[0] or name, input_of(args, kwargs))
-        call.denied_by, call.task = self._denied_by, _current_task()
-        take = self._logger.unfinished.take
+        call = Call(self.logger, event_type, name.rpartition("@")[0] or name, input_of(args, kwargs))
+        call.denied_by, call.task = self.denied_by, _current_task()
+        take = self.logger.unfinished.take
         async with call:
             try:
                 result = function(*args, **kwargs)
@@ -4951,11 +4943,9 @@ class _AuditedHandlers(dict[Any, Any]):
 # --- decorators
 
 
-def auditing(
-    logger: Any, event_type: str, name: str | None, caller: str | None, denied_by: DeniedBy
-) -> Callable[[Function], Function]:
+def auditing(exchange: Exchange, event_type: str, name: str | None) -> Callable[[Function], Function]:
     """Return a decorator that records and keeps signature, name and kind."""
-    denied_by = _kinds(denied_by)
+    logger = exchange.logger
     if name is not None and not isinstance(name, str):  # Python hands over what stands below the `@`
         example = '("reports/{id}")' if event_type == "resource" else "()"
         raise EventError(f"write @audit.{event_type}{example}, with the parentheses", field="name")
@@ -4972,19 +4962,20 @@ def auditing(
         title, input_of = name or own, _binder(function)
 
         def _start(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-            outer = _call_within(logger, event_type)
-            if outer is None:
-                if (around := _execution()) is not None:
-                    origin = {each: getattr(around, each) for each in _ORIGIN}
-                else:
-                    request = _context_in("fastmcp.server.dependencies", "fastmcp_request_ctx")
-                    origin = origin_of(request or _context_in("mcp.server.lowlevel.server", "request_ctx"))
-                origin.update(caller=caller or origin["caller"], denied_by=denied_by)
-                return Call(logger, event_type, title, input_of(args, kwargs), **origin)
-            if event_type == "resource" and outer.arguments is None:
-                outer.name = title  # it knows the URI, and we what that stands for
-                outer.take_input(input_of(args, kwargs))
-            return Call(logger, event_type, title, denied_by=denied_by, outer=outer)
+            if (call := exchange.call_within(event_type)) is not None:
+                outer = cast(Call, call.outer)
+                if event_type == "resource" and outer.arguments is None:
+                    outer.name = title  # it knows the URI, and we what that stands for
+                    outer.take_input(input_of(args, kwargs))
+                return call
+            if (around := _execution()) is not None:
+                origin = {each: getattr(around, each) for each in _ORIGIN}
+            else:
+                request = _context_in("fastmcp.server.dependencies", "fastmcp_request_ctx")
+                request = request or _context_in("mcp.server.lowlevel.server", "request_ctx")
+                origin = origin_of(request, logger.config.trusted_proxies)
+            origin.update(caller=exchange.caller or origin["caller"], denied_by=exchange.denied_by)
+            return Call(logger, event_type, title, input_of(args, kwargs), **origin)
 
         import inspect  # lazily: it costs 5 ms
 
@@ -5462,19 +5453,19 @@ class AuditLogger(contextlib.AbstractContextManager["AuditLogger"]):
 
         `name` is by default the function's, `caller` that of the request it runs in, or `cli`.
         """
-        return auditing(self, "tool", name, caller, denied_by)
+        return auditing(Exchange(self, caller, denied_by), "tool", name)
 
     def resource(
         self, uri: str, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
     ) -> Callable[[Function], Function]:
         """Record each execution of a function as a resource: `@audit.resource("reports/{report_id}")`."""
-        return auditing(self, "resource", uri, caller, denied_by)
+        return auditing(Exchange(self, caller, denied_by), "resource", uri)
 
     def prompt(
         self, name: str | None = None, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
     ) -> Callable[[Function], Function]:
         """Record each execution of a function as a prompt: `@audit.prompt()`."""
-        return auditing(self, "prompt", name, caller, denied_by)
+        return auditing(Exchange(self, caller, denied_by), "prompt", name)
 
     @property
     def counters(self) -> Counters:
@@ -9208,7 +9199,7 @@ class StdioAudit(Exchange):
         """Take in a piece from a side, or its end as None; return what is wrong with it."""
         problem = None
         for line in _lines_of(self._rests[is_client], data):
-            if is_client or self._pending or self._logger.unfinished:
+            if is_client or self._pending or self.logger.unfinished:
                 messages, fault = self.messages(line, is_client=is_client)
                 problem = (fault if line else _TOO_LONG) or problem
                 for message in messages:
@@ -9245,7 +9236,7 @@ class StdioAudit(Exchange):
             key = _json_int(key)  # clients of the SDKs take "7" for 7
         pending, result, failure = self._pending.get(key), message.get("result"), message.get("error")
         if method:  # the server counts its own ids
-            self._logger.unfinished.end_task(_text(_get(params, "taskId")), params)
+            self.logger.unfinished.end_task(_text(_get(params, "taskId")), params)
         elif isinstance(pending, tuple):
             self._pending.pop(key, None)  # another thread may close all
             self.see(*pending, result)
@@ -9268,7 +9259,7 @@ class StdioAudit(Exchange):
         """Record every unanswered call, with `reason` as its error."""
         for key in list(self._pending):
             self.finish(key, reason, waits=False)
-        self._logger.unfinished.close()
+        self.logger.unfinished.close()
 
     def messages(self, line: bytes, *, is_client: bool) -> tuple[list[dict[str, Any]], str | None]:
         """Return the messages of a line, as any reader may take it, and what is wrong with it."""
