@@ -4265,13 +4265,12 @@ class Call:
     def __init__(
         self, logger: Any, event_type: str, name: str, input_params: object = None, **known: Any
     ) -> None:
-        self.details: dict[str, object] = {}  # what we know ourselves; part of `context`, too
-        self.context: dict[str, object] = dict(known.pop("context", None) or ())
-        endpoint_def = known.pop("endpoint_def", None)
-        self.__dict__.update(known)
         self._logger, self.event_type, self.name = logger, event_type, name
         self.started = time.perf_counter()
-        self.take_input(input_params, endpoint_def)
+        self.details: dict[str, object] = {}  # what we know ourselves; part of `context`, too
+        self.context: dict[str, object] = dict(known.pop("context", None) or ())
+        self.take_input(input_params, known.pop("endpoint_def", None))
+        self.__dict__.update(known)
 
     def take_input(self, input_params: object, endpoint_def: object = None) -> None:
         """Encode the input, redacted by the rules for the call's name."""
@@ -4307,8 +4306,7 @@ class Call:
             return None
         self.strict = bool(logger.config.strict and logger.strict_names(str(self.name)))
         self.number = logger._writer.begin(self)
-        is_on_record = logger._writer.begun.on_record.__contains__
-        return functools.partial(is_on_record, self.number) if self.strict else None
+        return (lambda: self.number in logger._writer.begun.on_record) if self.strict else None
 
     def end(self, error: BaseException | None = None) -> None:
         """Record the call, once: for code that can't use `with`."""
@@ -4430,11 +4428,9 @@ def describe_exception(error: BaseException, *, with_type: bool = True) -> str:
     """Return `Type: message`, also of what a group holds or a framework masks."""
     told = ""
     for each in _errors_in(error):
-        name = type(each).__name__
-        try:
+        name, text = type(each).__name__, "(its message can't be shown)"
+        with suppress(BaseException):
             text = str(each)
-        except BaseException:
-            text = "(its message can't be shown)"
         shown = f"{name}: {text}" if text else name
         if name in ("CancelledError", "Cancelled"):  # asyncio's and trio's
             told = told or "cancelled"
@@ -4485,7 +4481,6 @@ class Unfinished(dict[Call, tuple[object, float, str]]):
 
     def put_answered(self, call: Call, result: object) -> bool:
         """Keep a call if its answer says that it goes on; else return False."""
-        result = _get(result, "root") or result  # the SDK 1 wraps it
         kind, meta = _get(result, "result_type", "resultType"), _get(result, "_meta", "meta")
         asked = result if kind == "input_required" else _get(result, "input_required")
         task = result if kind == "task" else _get(result, "task")
@@ -4674,9 +4669,6 @@ def parent_of(carrier: object) -> tuple[str, str] | None:
 
 def _watch_spans() -> None:
     """Have OpenTelemetry give the running call the trace that begins in it."""
-    kind = _loaded("opentelemetry.sdk.trace", "SpanProcessor")
-    if kind is None:
-        return
 
     def on_start(self: object, span: Any, parent_context: object = None) -> None:
         call = _execution()
@@ -4686,6 +4678,7 @@ def _watch_spans() -> None:
     with suppress(Exception):  # of another provider than the SDK's
         provider = sys.modules["opentelemetry.trace"].get_tracer_provider()
         if not hasattr(provider, "__mxcp_audit__"):
+            kind = sys.modules["opentelemetry.sdk.trace"].SpanProcessor
             provider.add_span_processor(type("Spans", (kind,), {"on_start": on_start})())
             provider.__mxcp_audit__ = True
 
@@ -4702,9 +4695,11 @@ def _context_in(module: str, variable: str) -> Any:
 def conclude(call: Call, result: object, exchange: Exchange | None = None) -> None:
     """Tell a call its result; an answer in an exchange may make it wait."""
     try:
-        if exchange is not None and not _is_plain(type(result)):
-            call.waits = call._logger.unfinished.put_answered(call, result)
-            call.server = exchange.server = call.server or exchange.server or server_of(result)
+        if not _is_plain(type(result)):
+            result = _get(result, "root") or result  # the SDK 1 wraps it
+            if exchange is not None:
+                call.waits = call._logger.unfinished.put_answered(call, result)
+                call.server = exchange.server = call.server or exchange.server or server_of(result)
         if exchange is None or not call.waits:
             _summarize(call, result)
     except Exception as fault:  # the answer passes
@@ -4712,8 +4707,6 @@ def conclude(call: Call, result: object, exchange: Exchange | None = None) -> No
 
 
 def _summarize(call: Call, result: object) -> None:
-    if not _is_plain(type(result)):
-        result = _get(result, "root") or result  # the SDK 1 wraps it
     items = _get(result, "content", "contents", "messages")
     if _get(result, "is_error", "isError") is True and call.status != "error":
         parts = items if isinstance(items, (list, tuple)) else ()
@@ -4838,7 +4831,7 @@ class Middleware(Exchange):
         if call is None:  # else it is recorded further out
             origin = context if inside is None else _get(inside, "request_context")
             call = self.call_of(event_type, origin, message, server)
-            if call.trace_id is None:
+            if call.trace_id is None and "opentelemetry.sdk.trace" in sys.modules:
                 _watch_spans()
         call.task = _current_task() or call
         self._inside += 1
@@ -4878,7 +4871,6 @@ class Middleware(Exchange):
                 for find in (f"get_{kind}", "get_resource_template")[: 1 + (kind == "resource")]:
                     if _get(await getattr(server, find)(call.name), "auth") is not None:
                         call.policy("deny", f"the {kind}'s auth refuses the caller")
-                        break
         finally:
             transport.reset(before)
 
@@ -4890,17 +4882,16 @@ class Middleware(Exchange):
             with suppress(AttributeError):
                 docket.__mxcp_audit__ = (*watching, path)
                 for key, function in functions.items():
-                    run = functools.partial(self._run_task, str(key), function, _binder(function))
+                    run = functools.partial(self._run_task, str(key), function)
                     functions[key] = functools.wraps(function)(run)
 
-    async def _run_task(
-        self, key: str, function: Callable[..., Any], input_of: Any, /, *args: Any, **kwargs: Any
-    ) -> Any:
+    async def _run_task(self, key: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Record a background task, in the row of the call that began it if known."""
         task = str(_get(_context_in("docket.dependencies", "current_execution"), "key") or key)
         event_type = next((t for t in EVENT_TYPES if f":{t}:" in task), "tool")
         name = key.removeprefix(f"{event_type}:")
-        call = Call(self.logger, event_type, name.rpartition("@")[0] or name, input_of(args, kwargs))
+        given = _binder(function)(args, kwargs)
+        call = Call(self.logger, event_type, name.rpartition("@")[0] or name, given)
         call.denied_by, call.task = self.denied_by, _current_task()
         take = self.logger.unfinished.take
         async with call:
@@ -4980,15 +4971,14 @@ def auditing(exchange: Exchange, event_type: str, name: str | None) -> Callable[
         import inspect  # lazily: it costs 5 ms
 
         # Frameworks ask `inspect` for the kind.
-        bodies = function, function if inspect.isroutine(function) else type(function).__call__
+        bodies = function, bare if inspect.isroutine(bare) else type(bare).__call__
         kinds = (kind for kind, test in _TESTS.items() if any(map(getattr(inspect, test), bodies)))
         wrapper: Any = functools.wraps(function)(_recorded(next(kinds, None), function, _start))
         if not hasattr(function, "__name__"):  # a partial or an object
             wrapper.__name__ = wrapper.__qualname__ = own
             wrapper.__annotations__ = {}
             with suppress(Exception):
-                body = bodies[1] if bare is function else bare
-                wrapper.__annotations__ = inspect.get_annotations(body, eval_str=True)
+                wrapper.__annotations__ = inspect.get_annotations(bodies[1], eval_str=True)
         return cast(Function, wrapper)
 
     return _audited
@@ -5111,10 +5101,8 @@ def _binder(function: Callable[..., Any]) -> Callable[..., object]:
     in_class = re.search(r"\w\.[^.]+$", getattr(function, "__qualname__", ""))
     bound = first if in_class and first in ("self", "cls") else None
     rest = next((each.name for each in parameters if each.kind is each.VAR_KEYWORD), "")
-    left_out = {bound}
-    for each in parameters:
-        if any(map(_is_injected, (each.default, *getattr(each.annotation, "__metadata__", ())))):
-            left_out.add(each.name)
+    marks = {each.name: (each.default, *getattr(each.annotation, "__metadata__", ())) for each in parameters}
+    left_out = {bound, *(name for name in marks if any(map(_is_injected, marks[name])))}
 
     def _given(given: dict[str, Any]) -> dict[str, Any]:
         return {name: each for name, each in given.items() if name not in left_out and not _is_injected(each)}
@@ -9305,7 +9293,6 @@ def _key_of(value: object) -> object:
 
 
 def _json_int(text: str) -> int | str:
-    """Take a number of any length, as JavaScript does."""
     return int(text) if len(text) <= 640 else text  # JavaScript takes any; Python's limit is never lower
 
 
@@ -9477,14 +9464,13 @@ def _reader_is_gone(fd: int, seconds: float | None = None) -> bool:
 
 def end_like(code: int) -> int:
     """Return a child's exit code, or die of the signal that it died of."""
-    if code >= 0:
-        return code
-    import signal
+    if code < 0:
+        import signal
 
-    with suppress(OSError, ValueError):  # SIGKILL has no handler to reset
-        signal.signal(-code, signal.SIG_DFL)
-    os.kill(os.getpid(), -code)
-    return 128 - code
+        with suppress(OSError, ValueError):  # SIGKILL has no handler to reset
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    return code if code >= 0 else 128 - code
 
 
 # == Commands ==

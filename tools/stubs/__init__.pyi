@@ -398,9 +398,9 @@ class Call:
     waits: bool
     number: int
     strict: bool
+    started: Incomplete
     details: dict[str, object]
     context: dict[str, object]
-    started: Incomplete
     def __init__(
         self, logger: Any, event_type: str, name: str, input_params: object = None, **known: Any
     ) -> None: ...
