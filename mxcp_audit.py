@@ -4324,11 +4324,9 @@ class Call:
                 if self.status != "error":  # else it is known from nearer to the cause
                     self.fail(describe_exception(error), type_of_error(error))
                 with suppress(TypeError):  # of a `denied_by` that holds no exceptions
-                    denials = (
-                        e for e in _errors_in(error, with_causes=True) if isinstance(e, self.denied_by)
-                    )
-                    if self.policy_decision == "n/a" and (denial := next(denials, None)) is not None:
-                        self.policy("deny", describe_exception(denial, with_type=False))
+                    for each in _errors_in(error, with_causes=True):
+                        if isinstance(each, self.denied_by) and self.policy_decision == "n/a":
+                            self.policy("deny", describe_exception(each, with_type=False))
         finally:  # an interrupt loses no call
             outer, has_failed = self.outer, self.status == "error"
             if has_failed and self.failure is not None:
@@ -4338,10 +4336,23 @@ class Call:
                     outer.failure = (self.error, self.error_type) if has_failed else None
                 if self.policy_decision != "n/a":
                     outer.policy(self.policy_decision, self.reason)
-            ticket = logger.finish(self)
+            begun, ticket = logger._writer.begun, 0
+            ref = begun.end(self.number)
+            try:
+                if outer is None and logger.enabled:  # else it is part of another, which is written
+                    ticket = logger._record(*self.event(), end=b',"call":"%b"' % ref.encode() if ref else b"")
+            finally:
+                if ref:  # without a ticket there was an interrupt
+                    begun.ended(self.number, ticket or logger._writer.accepted)
         if outer is not None and outer.waits:  # for this, which it began
             return outer._end(error)
         return (lambda: logger._writer.written >= ticket) if self.strict or logger.config.durable else None
+
+    def give_up(self, error: str) -> None:
+        """Record the call with an error, unless it has ended."""
+        if not self.ended:
+            self.fail(error)
+            self._end(None)
 
     def _leave(self) -> None:
         """Be no longer the call that runs; twice is harmless."""
@@ -4398,14 +4409,13 @@ def _current_task() -> object:
         return None
 
 
-def _only_frameworks_between(task: object) -> bool:
+def _only_frameworks_between(task: Any) -> bool:
     """Return True if the middleware's call reached us without a tool's code."""
     frames, waiting, frame = list[Any](), list[Any](), cast(Any, sys._getframe(1))
     while frame is not None:  # of this thread, from the inside
         frames.append(frame)
         frame = frame.f_back
-    get_coro = _get(task, "get_coro")
-    step = get_coro and get_coro()
+    step = _get(task, "get_coro") and task.get_coro()
     while step:  # of the task that waits for it, from the outside
         waiting.append(_get(step, "cr_frame", "gi_frame"))
         step = _get(step, "cr_await", "gi_yieldfrom")
@@ -4520,7 +4530,7 @@ class Unfinished(dict[Call, tuple[object, float, str]]):
         """Record the calls that are overdue by now, or all, or the oldest."""
         for call, (_, deadline, error) in list(self.copy().items())[:most]:
             if deadline <= now and self.pop(call, False):  # else another thread was faster
-                _forgotten(call, error)
+                call.give_up(error)
 
 
 def _leg_of(call: Call, message: object) -> object:
@@ -4781,7 +4791,7 @@ class Exchange:
         origin = origin_of(context, self.logger.config.trusted_proxies)
         origin.update(arguments=arguments, denied_by=self.denied_by, caller=self.caller or origin["caller"])
         origin["server"] = _text(_get(server, "name")) or self.server
-        call = Call(self.logger, event_type, name_of(message), arguments, **origin)
+        call = Call(self.logger, event_type, str(_get(message, "name", "uri") or ""), arguments, **origin)
         return cast(Call, self.logger.unfinished.resumed(call, message))
 
     def call_within(self, event_type: str, message: object = None) -> Call | None:
@@ -4792,7 +4802,10 @@ class Exchange:
             return None
         if (outer.event_type, outer._logger.config.path) != (event_type, self.logger.config.path):
             return None
-        given, name = outer.arguments if isinstance(outer.arguments, dict) else {}, name_of(message)
+        given, name = (
+            outer.arguments if isinstance(outer.arguments, dict) else {},
+            _text(_get(message, "name")),
+        )
         if name and "mcp.via" not in outer.details and name in (g for g in given.values() if type(g) is str):
             outer.details["mcp.via"], outer.name = outer.name, name
             outer.take_input(_get(message, "arguments"))
@@ -4800,13 +4813,13 @@ class Exchange:
             return None
         return Call(self.logger, event_type, outer.name, denied_by=self.denied_by, outer=outer)
 
-    def see(self, method: str, message: object, result: object) -> None:
+    def see(self, method: str, message: object, result: object, failure: object = None) -> None:
         """Take the server's name, or the state of a task, from another answer."""
         self.server = server_of(result) or self.server
         if method.startswith("tasks/"):
             state = _get(result, "root") or result
             if method == "tasks/result":
-                state = {"status": "completed", "result": state}
+                state = {"status": "failed" if failure else "completed", "result": state, "error": failure}
             self.logger.unfinished.end_task(_text(_get(message, "task_id", "taskId")), state)
 
 
@@ -4908,10 +4921,6 @@ class Middleware(Exchange):
             return result
 
 
-def name_of(message: object) -> str:
-    return str(_get(message, "name", "uri") or "")
-
-
 class _AuditedHandlers(dict[Any, Any]):
     """The handlers of an SDK 1 server by type of request, audited."""
 
@@ -4936,7 +4945,6 @@ class _AuditedHandlers(dict[Any, Any]):
 
 def auditing(exchange: Exchange, event_type: str, name: str | None) -> Callable[[Function], Function]:
     """Return a decorator that records and keeps signature, name and kind."""
-    logger = exchange.logger
     if name is not None and not isinstance(name, str):  # Python hands over what stands below the `@`
         example = '("reports/{id}")' if event_type == "resource" else "()"
         raise EventError(f"write @audit.{event_type}{example}, with the parentheses", field="name")
@@ -4964,15 +4972,15 @@ def auditing(exchange: Exchange, event_type: str, name: str | None) -> Callable[
             else:
                 request = _context_in("fastmcp.server.dependencies", "fastmcp_request_ctx")
                 request = request or _context_in("mcp.server.lowlevel.server", "request_ctx")
-                origin = origin_of(request, logger.config.trusted_proxies)
+                origin = origin_of(request, exchange.logger.config.trusted_proxies)
             origin.update(caller=exchange.caller or origin["caller"], denied_by=exchange.denied_by)
-            return Call(logger, event_type, title, input_of(args, kwargs), **origin)
+            return Call(exchange.logger, event_type, title, input_of(args, kwargs), **origin)
 
         import inspect  # lazily: it costs 5 ms
 
         # Frameworks ask `inspect` for the kind.
         bodies = function, bare if inspect.isroutine(bare) else type(bare).__call__
-        kinds = (kind for kind, test in _TESTS.items() if any(map(getattr(inspect, test), bodies)))
+        kinds = (kind for kind, test in zip(_KINDS, _TESTS) if any(map(getattr(inspect, test), bodies)))
         wrapper: Any = functools.wraps(function)(_recorded(next(kinds, None), function, _start))
         if not hasattr(function, "__name__"):  # a partial or an object
             wrapper.__name__ = wrapper.__qualname__ = own
@@ -4998,11 +5006,8 @@ def _is_registered(function: object) -> bool:
 _UNHELD = (lambda function: (lambda each: sys.getrefcount(each))(function))(lambda: None)
 
 
-_TESTS: dict[object, str] = {
-    types.AsyncGeneratorType: "isasyncgenfunction",
-    types.GeneratorType: "isgeneratorfunction",
-    types.CoroutineType: "iscoroutinefunction",
-}
+_KINDS: tuple[object, ...] = types.AsyncGeneratorType, types.GeneratorType, types.CoroutineType
+_TESTS = "isasyncgenfunction", "isgeneratorfunction", "iscoroutinefunction"  # of `inspect`, for these
 
 
 def _recorded(kind: object, function: Callable[..., Any], start: Callable[..., Call]) -> Callable[..., Any]:
@@ -5052,7 +5057,7 @@ def _recorded(kind: object, function: Callable[..., Any], start: Callable[..., C
                 finally:
                     call._before = _running.set(call)
 
-    return dict(zip(_TESTS, (_async_generator, _generator, _coroutine))).get(kind, _plain)
+    return dict(zip(_KINDS, (_async_generator, _generator, _coroutine))).get(kind, _plain)
 
 
 def _followed(call: Call, result: Any) -> Any:
@@ -5061,30 +5066,21 @@ def _followed(call: Call, result: Any) -> Any:
     if callable(getattr(kind, "add_done_callback", None)):
 
         def _done(future: Any) -> None:
-            try:
-                error = future.exception()
-            except BaseException as cancelled:
-                error = cancelled
-            call.end(error)
+            with suppress(BaseException), call:  # what it raises has reached its owner
+                future.result()
 
         call.waits = True
         result.add_done_callback(_done)
         return result
     is_awaitable = isinstance(result, Awaitable)
-    if kind not in _TESTS:
+    if kind not in _KINDS:
         if not is_awaitable or hasattr(kind, "__aenter__"):
             return result
         kind = types.CoroutineType
     followed = _recorded(kind, lambda: result, lambda *_: call)()
     call.waits = True
-    weakref.finalize(followed, _forgotten, call, "never awaited" if is_awaitable else "never iterated")
+    weakref.finalize(followed, call.give_up, "never awaited" if is_awaitable else "never iterated")
     return followed
-
-
-def _forgotten(call: Call, error: str) -> None:
-    if not call.ended:
-        call.fail(error)
-        call._end(None)
 
 
 def _binder(function: Callable[..., Any]) -> Callable[..., object]:
@@ -5334,18 +5330,6 @@ class AuditLogger(contextlib.AbstractContextManager["AuditLogger"]):
         begun = (*event[:4], 0, "n/a", None, "error", UNFINISHED, *event[9:12], (), event[13])
         ago = int((time.perf_counter() - call.started) * 1e9)
         return b'%b,"call":"%b"}\n' % (self._encoder.line(*begun, ago=ago), ref.encode())
-
-    def finish(self, call: Call) -> int:
-        """Queue the line of a call, unless it is part of another."""
-        begun, ticket = self._writer.begun, 0
-        ref = begun.end(call.number)
-        try:
-            if call.outer is None and self.enabled:
-                ticket = self._record(*call.event(), end=b',"call":"%b"' % ref.encode() if ref else b"")
-        finally:
-            if ref:  # without a ticket there was an interrupt
-                begun.ended(call.number, ticket or self._writer.accepted)
-        return ticket
 
     def wait(self, call: Call, done: Done | None, error: object = None, *, late: bool = False) -> None:
         """Wait for a call's begin or line; AuditUnavailableError if late, unless the call failed."""
@@ -9227,7 +9211,7 @@ class StdioAudit(Exchange):
             self.logger.unfinished.end_task(_text(_get(params, "taskId")), params)
         elif isinstance(pending, tuple):
             self._pending.pop(key, None)  # another thread may close all
-            self.see(*pending, result)
+            self.see(*pending, result, failure)
         elif failure is not None:
             code = _text(_get(failure, "code"))
             text = _text(_get(failure, "message")) or _text(failure) or "the server answered with an error"
