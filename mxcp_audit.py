@@ -34,6 +34,7 @@ import errno
 import functools
 import itertools
 import json
+import operator
 import os
 import re
 import stat
@@ -4279,13 +4280,7 @@ class Call:
     def event(self) -> tuple[Any, ...]:
         """Return the arguments of `Encoder.line`."""
         context = {**self.details, **self.context} if self.context else _json_of((*self.details.items(),))
-        return (
-            *(self.caller, self.event_type, self.name, self.input_json, self.duration_ms),
-            *(self.policy_decision, self.reason, self.status, self.error),
-            *(self.user_id, self.session_id, self.trace_id, self.echoes),
-            (self.client, self.agent, self.address, self.server)
-            + (self.request_id, self.error_type, self.result_bytes, context),
-        )
+        return (*_event_of(self), (*_more_of(self), context))
 
     def policy(self, decision: str, reason: object = None) -> None:
         """Record what a policy decided: allow, deny or warn, and why."""
@@ -4348,6 +4343,11 @@ class Call:
             return outer._end(error)
         return (lambda: logger._writer.written >= ticket) if self.strict or logger.config.durable else None
 
+    def leg(self, message: object) -> object:
+        """Return what a call that waits for input shares with its resumption."""
+        what, who = (self.event_type, self.name, self.input_json), (self.user_id, self.agent, self.client)
+        return what, who, self.session_id, _text(_get(message, "request_state", "requestState"))
+
     def give_up(self, error: str) -> None:
         """Record the call with an error, unless it has ended."""
         if not self.ended:
@@ -4380,19 +4380,17 @@ class Call:
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._leave()
         if not self.waits and (is_done := self._end(error)) is not None:
-            try:
+            # A cancelled scope cancels each `await` again; the first error leaves.
+            with suppress(*() if error is None or isinstance(error, Exception) else (BaseException,)):
                 await self._logger.wait_async(self, is_done, error)
-            except BaseException:
-                # A cancelled scope cancels each `await` again; the first error leaves.
-                if error is None or isinstance(error, Exception):
-                    raise
 
 
-@functools.lru_cache(1024)  # most calls of a session are alike in this
-def _json_of(details: tuple[tuple[str, object], ...]) -> Json | None:
-    return Json(encode_json(dict(details))) if details else None
-
-
+_EVENT = "caller event_type name input_json duration_ms policy_decision reason status error user_id"
+_event_of = operator.attrgetter(*_EVENT.split(), "session_id", "trace_id", "echoes")
+_MORE = "client agent address server request_id error_type result_bytes"
+_more_of = operator.attrgetter(*_MORE.split())
+# Cached: most calls of a session are alike in this.
+_json_of = functools.lru_cache(1024)(lambda details: Json(encode_json(dict(details))) if details else None)
 _running: contextvars.ContextVar[Call | None] = contextvars.ContextVar("mxcp_audit", default=None)
 
 
@@ -4454,12 +4452,10 @@ def describe_exception(error: BaseException, *, with_type: bool = True) -> str:
 def type_of_error(error: BaseException) -> str:
     """Return an error's JSON-RPC code, else the class of what it stands for."""
     code = _get(_get(error, "error"), "code")
-    if type(code) is int:
-        return str(code)
     for _ in range(_MAX_CAUSES):
         if len(wrapped := _wrapped_by(error)) == 1:
             error = wrapped[0]
-    return type(error).__name__
+    return str(code) if type(code) is int else type(error).__name__
 
 
 def _wrapped_by(error: BaseException) -> list[BaseException]:
@@ -4496,7 +4492,7 @@ class Unfinished(dict[Call, tuple[object, float, str]]):
         task = result if kind == "task" else _get(result, "task")
         task = _get(task or _get(meta, "modelcontextprotocol.io/task"), "task_id", "taskId")  # FastMCP 2.14
         if asked:
-            self.put(_leg_of(call, asked), call, "not resumed: input required", _RESUME_SECONDS)
+            self.put(call.leg(asked), call, "not resumed: input required", _RESUME_SECONDS)
         elif isinstance(task, str):
             self.put(("task", task), call, "not finished: the task was still running")
         return bool(asked) or isinstance(task, str)
@@ -4512,13 +4508,12 @@ class Unfinished(dict[Call, tuple[object, float, str]]):
             return call
         self.close(time.monotonic())
         goes_on = _get(message, "request_state", "requestState", "input_responses", "inputResponses")
-        return call if goes_on is None else self.take(_leg_of(call, message)) or call
+        return call if goes_on is None else self.take(call.leg(message)) or call
 
     def end_task(self, task: str | None, state: object) -> None:
         """End the call that began a background task, if the task is over."""
         status, answer, failure = _get(state, "status"), _get(state, "result"), _get(state, "error")
-        is_over = status in ("completed", "failed", "cancelled")
-        if is_over and (call := self.take(("task", task))) is not None:
+        if status in ("completed", "failed", "cancelled") and (call := self.take(("task", task))) is not None:
             if status != "completed":
                 told = _get(failure, "message") or _get(state, "status_message", "statusMessage")
                 call.fail(_text(told) or str(status), _text(_get(failure, "code")))
@@ -4531,12 +4526,6 @@ class Unfinished(dict[Call, tuple[object, float, str]]):
         for call, (_, deadline, error) in list(self.copy().items())[:most]:
             if deadline <= now and self.pop(call, False):  # else another thread was faster
                 call.give_up(error)
-
-
-def _leg_of(call: Call, message: object) -> object:
-    """Return what a call that waits for input shares with its resumption."""
-    what, who = (call.event_type, call.name, call.input_json), (call.user_id, call.agent, call.client)
-    return what, who, call.session_id, _text(_get(message, "request_state", "requestState"))
 
 
 # --- where a call came from
@@ -4903,8 +4892,7 @@ class Middleware(Exchange):
         task = str(_get(_context_in("docket.dependencies", "current_execution"), "key") or key)
         event_type = next((t for t in EVENT_TYPES if f":{t}:" in task), "tool")
         name = key.removeprefix(f"{event_type}:")
-        given = _binder(function)(args, kwargs)
-        call = Call(self.logger, event_type, name.rpartition("@")[0] or name, given)
+        call = Call(self.logger, event_type, name.rpartition("@")[0] or name, _binder(function)(args, kwargs))
         call.denied_by, call.task = self.denied_by, _current_task()
         take = self.logger.unfinished.take
         async with call:
@@ -4962,10 +4950,9 @@ def auditing(exchange: Exchange, event_type: str, name: str | None) -> Callable[
 
         def _start(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
             if (call := exchange.call_within(event_type)) is not None:
-                outer = cast(Call, call.outer)
-                if event_type == "resource" and outer.arguments is None:
-                    outer.name = title  # it knows the URI, and we what that stands for
-                    outer.take_input(input_of(args, kwargs))
+                if event_type == "resource" and call.outer and call.outer.arguments is None:
+                    call.outer.name = title  # it knows the URI, and we what that stands for
+                    call.outer.take_input(input_of(args, kwargs))
                 return call
             if (around := _execution()) is not None:
                 origin = {each: getattr(around, each) for each in _ORIGIN}
@@ -9194,14 +9181,11 @@ class StdioAudit(Exchange):
             texts = "cancelled by the client", _text(_get(params, "reason"))
             self.finish(_key_of(_get(params, "requestId")), ": ".join(filter(None, texts)))
         elif method in MCP_METHODS:
-            self._begin(key, method, params)
-
-    def _begin(self, key: object, method: str, params: object) -> None:
-        context = types.SimpleNamespace(meta=_get(params, "_meta"), session=self._session, request_id=key)
-        call = self.call_of(MCP_METHODS[method], context, params)
-        self.finish(key, "its id was used again before it was answered")
-        self._pending[key] = call
-        call.begin() if key is not None else self.finish(key, "sent without an id that could be answered")
+            context = types.SimpleNamespace(meta=_get(params, "_meta"), session=self._session, request_id=key)
+            call = self.call_of(MCP_METHODS[method], context, params)
+            self.finish(key, "its id was used again before it was answered")
+            self._pending[key] = call
+            call.begin() if key is not None else self.finish(key, "sent without an id that could be answered")
 
     def _take_answer(self, key: object, method: str, params: Any, message: dict[str, Any]) -> None:
         if isinstance(key, str) and key.isdecimal() and key not in self._pending:

@@ -243,7 +243,7 @@ def test_stdio_whatever_a_reader_would_execute_is_recorded_once(monkeypatch: pyt
             data += dice.choice((b"\n", b"\r", b"\r\n", b"\n\n", b"", b"\r\r"))
         seen: list[object] = []
         audit = mxcp_audit.StdioAudit(logger)
-        monkeypatch.setattr(audit, "_begin", lambda key, method, params: seen.append(key))  # noqa: B023
+        monkeypatch.setattr(audit, "_take_request", lambda key, method, params: method and seen.append(key))  # noqa: B023
         start = 0
         while start < len(data):
             end = start + dice.randrange(1, 40)
@@ -264,7 +264,7 @@ def test_stdio_line_that_cannot_be_taken_does_not_spoil_the_next(monkeypatch: py
         if key == 1:
             raise ValueError("unforeseen")
 
-    monkeypatch.setattr(mxcp_audit.StdioAudit, "_begin", begin)
+    monkeypatch.setattr(mxcp_audit.StdioAudit, "_take_request", begin)
     audit = mxcp_audit.StdioAudit(mxcp_audit.AuditLogger("unused.duckdb", enabled=False))
     with pytest.raises(ValueError):
         audit.from_client(call(1))
@@ -275,7 +275,7 @@ def test_stdio_line_that_cannot_be_taken_does_not_spoil_the_next(monkeypatch: py
 @pytest.mark.parametrize("end", [b"\r", b"\n"])
 def test_stdio_call_that_is_sent_twice_is_recorded_twice(end: bytes) -> None:
     audit, seen = mxcp_audit.StdioAudit(mxcp_audit.AuditLogger("unused.duckdb", enabled=False)), []
-    audit._begin = lambda key, method, params: seen.append(key)  # type: ignore[method-assign]
+    audit._take_request = lambda key, method, params: seen.append(key)  # type: ignore[method-assign]
     line = call(1).strip()
     audit.from_client(line + end + line + b"\n")
     assert seen == [1, 1]
