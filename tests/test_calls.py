@@ -468,6 +468,23 @@ def test_tool_generator_send_throw_return_as_without(audit: AuditLogger) -> None
     assert outcome(audit) == [("generator", '{"a":7}', "success", None)]
 
 
+def test_tool_generator_is_the_running_call_within_its_steps_alone(audit: AuditLogger) -> None:
+    def steps() -> Iterator[str]:
+        try:
+            audit.policy("allow", "in a step")
+            yield "one"
+        except GeneratorExit:
+            audit.policy("warn", "at the end")
+            yield "two"
+
+    generator: Any = audit.tool()(steps)()
+    assert (next(generator), running.get()) == ("one", None)
+    assert (generator.throw(GeneratorExit()), running.get()) == ("two", None)
+    assert list(generator) == []
+    (event,) = recorded(audit)
+    assert (event["policy_decision"], event["reason"], event["status"]) == ("warn", "at the end", "success")
+
+
 def test_tool_generator_closed_early_no_error_and_source_closed(audit: AuditLogger) -> None:
     log: list[object] = []
     generator = audit.tool()(echo(log))(7)
@@ -525,6 +542,29 @@ def test_tool_async_generator_asend_athrow_as_without(audit: AuditLogger) -> Non
     assert log == plain_log == ["closed"]
     (event,) = recorded(audit)
     assert (event["policy_decision"], event["reason"], event["status"]) == ("deny", "in a step", "success")
+
+
+def test_tool_async_generator_closed_by_the_event_loop_is_closed_within_its_call(audit: AuditLogger) -> None:
+    within: list[bool] = []
+
+    async def numbers() -> AsyncIterator[int]:
+        try:
+            for number in range(3):
+                yield number
+        finally:
+            within.append(running.get() is not None)
+
+    async def main() -> None:
+        async for _ in audit.tool()(numbers)():
+            break
+        await asyncio.sleep(0.01)  # meanwhile the event loop closes it
+        left = audit.tool()(numbers)()
+        await left.__anext__()
+        await left.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(main())
+    assert True in within and len(within) == 2
+    assert [row[2:] for row in outcome(audit)] == [("success", None)] * 2
 
 
 def test_tool_async_generator_aclose_and_error_recorded(audit: AuditLogger) -> None:
@@ -711,6 +751,21 @@ def test_address_a_proxy_s_word_counts_only_if_it_is_trusted(
     request = types.SimpleNamespace(client=client, scope=scope)
     context = types.SimpleNamespace(request=request)
     assert origin_of(context, proxies)["address"] == address
+
+
+def test_decorated_function_without_a_middleware_heeds_trusted_proxies_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scope = {"headers": [(b"x-forwarded-for", b"203.0.113.9")], "query_string": b""}
+    request = types.SimpleNamespace(client=types.SimpleNamespace(host="10.0.0.1", port=5), scope=scope)
+    current: contextvars.ContextVar[object] = contextvars.ContextVar("request_ctx")
+    module = types.SimpleNamespace(request_ctx=current)
+    monkeypatch.setitem(sys.modules, "mcp.server.lowlevel.server", module)  # type: ignore[arg-type]
+    monkeypatch.setattr(AuditLogger, "_ingest", None)
+    audit = AuditLogger(tmp_path / "log.duckdb", trusted_proxies=["10.0.0.0/8"])
+    current.set(types.SimpleNamespace(request=request))
+    audit.tool("t")(lambda: None)()
+    assert [(event["caller"], event["address"]) for event in recorded(audit)] == [("http", "203.0.113.9")]
 
 
 def test_trusted_proxies_that_are_no_addresses_refused(tmp_path: Path) -> None:

@@ -595,3 +595,14 @@ def test_stdio_task_is_recorded_when_it_ends(tmp_path: Path, cli: Cli, status: s
     (event,) = events(cli)
     assert (event["name"], event["status"]) == ("slow", expected)
     assert (event["client"], event["server"], event["request_id"]) == ("vscode/1.101", "shop", "1")
+
+
+def test_stdio_task_whose_result_is_an_error_has_failed(tmp_path: Path, cli: Cli) -> None:
+    with mxcp_audit.AuditLogger(tmp_path / "log.duckdb") as audit:
+        stdio = mxcp_audit.StdioAudit(audit)
+        stdio.from_client(message(id=1, method="tools/call", params={"name": "slow", "task": {"ttl": 1}}))
+        stdio.from_server(message(id=1, result={"task": {"taskId": "t1", "status": "working"}}))
+        stdio.from_client(message(id=2, method="tasks/result", params={"taskId": "t1"}))
+        stdio.from_server(message(id=2, error={"code": -32000, "message": "disk full"}))
+    (event,) = events(cli)
+    assert (event["status"], event["error"], event["error_type"]) == ("error", "disk full", "-32000")
