@@ -4791,10 +4791,8 @@ class Exchange:
             return None
         if (outer.event_type, outer._logger.config.path) != (event_type, self.logger.config.path):
             return None
-        given, name = (
-            outer.arguments if isinstance(outer.arguments, dict) else {},
-            _text(_get(message, "name")),
-        )
+        given = outer.arguments if isinstance(outer.arguments, dict) else {}
+        name = _text(_get(message, "name"))
         if name and "mcp.via" not in outer.details and name in (g for g in given.values() if type(g) is str):
             outer.details["mcp.via"], outer.name = outer.name, name
             outer.take_input(_get(message, "arguments"))
@@ -5053,8 +5051,11 @@ def _followed(call: Call, result: Any) -> Any:
     if callable(getattr(kind, "add_done_callback", None)):
 
         def _done(future: Any) -> None:
-            with suppress(BaseException), call:  # what it raises has reached its owner
-                future.result()
+            try:
+                error = future.exception()
+            except BaseException as cancelled:
+                error = cancelled
+            call.end(error)
 
         call.waits = True
         result.add_done_callback(_done)

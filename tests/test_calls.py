@@ -760,7 +760,7 @@ def test_decorated_function_without_a_middleware_heeds_trusted_proxies_too(
     request = types.SimpleNamespace(client=types.SimpleNamespace(host="10.0.0.1", port=5), scope=scope)
     current: contextvars.ContextVar[object] = contextvars.ContextVar("request_ctx")
     module = types.SimpleNamespace(request_ctx=current)
-    monkeypatch.setitem(sys.modules, "mcp.server.lowlevel.server", module)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "mcp.server.lowlevel.server", module)
     monkeypatch.setattr(AuditLogger, "_ingest", None)
     audit = AuditLogger(tmp_path / "log.duckdb", trusted_proxies=["10.0.0.0/8"])
     current.set(types.SimpleNamespace(request=request))
