@@ -4299,7 +4299,7 @@ class Call:
         logger = self._logger
         if self.number or self.outer is not None or not logger.enabled:
             return None
-        self.strict = bool(logger.config.strict and logger.strict_names(str(self.name)))
+        self.strict = bool(logger.config.strict and logger._strict(str(self.name)))
         self.number = logger._writer.begin(self)
         return (lambda: self.number in logger._writer.begun.on_record) if self.strict else None
 
@@ -5217,7 +5217,7 @@ class AuditLogger(contextlib.AbstractContextManager["AuditLogger"]):
         drops, at_once, start = config.on_full == "drop", bool(config.strict), self._activate
         self._writer = Writer(appender, ingester, drop_when_full=drops, on_start=start, at_once=at_once)
         strict = "|".join(re.escape(name).replace(r"\*", ".*") for name in config.strict)
-        self.strict_names = re.compile(strict, re.DOTALL).fullmatch  # asked only if there are some
+        self._strict = re.compile(strict, re.DOTALL).fullmatch  # asked only if there are some
         self.refused, self.unfinished = 0, Unfinished()
         self._known[id(self)] = self
 
