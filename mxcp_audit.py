@@ -4387,8 +4387,8 @@ class Call:
 
 _EVENT = "caller event_type name input_json duration_ms policy_decision reason status error user_id"
 _event_of = operator.attrgetter(*_EVENT.split(), "session_id", "trace_id", "echoes")
-_MORE = "client agent address server request_id error_type result_bytes"
-_more_of = operator.attrgetter(*_MORE.split())
+_OTHERS = "client agent address server request_id error_type result_bytes"
+_more_of = operator.attrgetter(*_OTHERS.split())
 # Cached: most calls of a session are alike in this.
 _json_of = functools.lru_cache(1024)(lambda details: Json(encode_json(dict(details))) if details else None)
 _running: contextvars.ContextVar[Call | None] = contextvars.ContextVar("mxcp_audit", default=None)
