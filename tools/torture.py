@@ -1198,8 +1198,8 @@ MUTANTS = (
         "S16",
         (
             (
-                "        is_on_record = logger._writer.begun.on_record.__contains__\n",
-                "        is_on_record = lambda number: True\n",
+                "return (lambda: self.number in logger._writer.begun.on_record) if self.strict else None\n",
+                "return (lambda: True) if self.strict else None\n",
             ),
         ),
     ),
