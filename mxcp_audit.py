@@ -8242,7 +8242,7 @@ _TAILS = "wanted VARCHAR, tail BIGINT"
 _ORDER = "ORDER BY ingested_at, journal, position"
 _NEW_ENTRIES = f"""\
 CREATE OR REPLACE TEMP TABLE entries AS
-SELECT *, count(*) OVER () AS waiting
+SELECT *
 FROM (SELECT journal, position, kind, segment, coalesce(events, 0) AS events, coalesce(detail, '') AS detail,
         coalesce(t.tail, 0) AS tail, ingested_at
       FROM audit.ledger
@@ -8280,7 +8280,7 @@ class Follower:
         self._sizes: dict[str, int] = {}
         self._since = "0001-01-01 00:00:00"  # when entries must have been made to count
         self._signature: object = None
-        self.is_behind = False  # the last look left entries of the ledger to the next
+        self.is_behind = False  # the next look may find more in the ledger at once
         self._engine = store.target.open_engine()
         self.close = self._engine.close
 
@@ -8302,10 +8302,10 @@ class Follower:
 
     def look(self, *, wait: float = 0.0) -> list[Row]:
         """Return new matching events, oldest first, not too many at once."""
-        signature, rows = self._target.signature(), []
+        signature, rows = self._target.signature(), list[Row]()
+        self.is_behind = False
         if signature is None or signature != self._signature:
-            later = (DatabaseNotFoundError,) if wait else (DatabaseNotFoundError, DatabaseLockedError)
-            with suppress(*later):
+            with suppress(DatabaseNotFoundError, *(() if wait else (DatabaseLockedError,))):
                 rows = patiently(self._new_table_rows, wait)
         return rows if rows or self.is_behind else self._new_lines()
 
@@ -8321,24 +8321,22 @@ class Follower:
 
     def _new_table_rows(self) -> list[Row]:
         """Return what was entered since the last look, and not seen in the journal."""
-        target, ask = self._target, self._engine.execute
-        positions = listed("known VARCHAR, last BIGINT", self._positions.items())
-        tails, since = listed(_TAILS, self._tails.items()), sql_literal(self._since)
-        entries, rows = list[Row](), list[Row]()
+        target, ask, entries, rows = self._target, self._engine.execute, list[Row](), list[Row]()
         with target.attached(self._engine):
             signature = target.signature()  # nobody can ingest now
             present = target.columns(self._engine)
             if "ledger" in present:
+                positions = listed("known VARCHAR, last BIGINT", self._positions.items())
+                tails, since = listed(_TAILS, self._tails.items()), sql_literal(self._since)
                 ask(_NEW_ENTRIES.format(positions=positions, tails=tails, since=since))
-                entries = ask("SELECT journal, position, kind, segment, waiting FROM entries")
+                entries = ask("SELECT journal, position, kind, segment FROM entries")
             if entries:
                 rows = self._matching(sound_rows(present.get("logs", {})), _ENTERED)
-        for journal, position, kind, segment, _ in entries:
+        for journal, position, kind, segment in entries:
             self._positions[journal] = max(position, self._positions.get(journal, 0))
             if kind == "segment":
                 self._tails[segment] = _SETTLED
-        self.is_behind = bool(entries) and (len(entries) < entries[0][-1] or entries[0][-1] == _LOOK_ENTRIES)
-        self._signature = None if self.is_behind else signature
+        self.is_behind, self._signature = bool(entries), None if entries else signature
         return rows
 
     def _new_lines(self) -> list[Row]:
@@ -8379,25 +8377,21 @@ class Follower:
 # What `doctor` looks at; it changes nothing.
 
 
+_LITTLE_SPACE_BYTES = 256 * 2**20
 _Report: TypeAlias = dict[str, Any]
 _Faulty: TypeAlias = Iterator[tuple[str, str]]  # problem and remedy
 
 
-class Checkup:
-    """The state of a log: `report`, an object for JSON, and `faults`."""
-
-    _LITTLE_SPACE_BYTES = 256 * 2**20
-
-    def __init__(self, config: Config, *, wait: float) -> None:
-        self.faults: list[dict[str, str]] = []
-        self.report: _Report = {"healthy": False, "faults": self.faults, "profile": config.profile}
-        for problem, remedy in _examine(self.report, config, Store(config), wait):
-            self.faults.append({"problem": problem, "remedy": remedy})
-        self.report["healthy"] = not self.faults
+def check_up(config: Config, *, wait: float) -> _Report:
+    """Return the state of a log and its faults, for JSON."""
+    report: _Report = {"healthy": False, "faults": [], "profile": config.profile, "engine": None}
+    faults = _examine(report, config, Store(config), wait)
+    report["faults"] = [{"problem": problem, "remedy": remedy} for problem, remedy in faults]
+    report["healthy"] = not report["faults"]
+    return report
 
 
 def _examine(report: _Report, config: Config, store: Store, wait: float) -> _Faulty:
-    report["engine"] = None
     if not config.enabled:
         text = f"audit logging is not enabled for profile {config.profile!r}"
         yield text, "set `enabled: true` in its `audit` section"
@@ -8409,8 +8403,7 @@ def _examine(report: _Report, config: Config, store: Store, wait: float) -> _Fau
     except StoreError as error:
         yield str(error), "pip install duckdb; events wait in the journal meanwhile"
     if store.target.is_file:
-        others = 0o007 if config.group else 0o077
-        yield from _examine_files(report, store.target.path, store.journal.directory, others)
+        yield from _examine_files(report, config.path, store.journal.directory, 0o7 if config.group else 0o77)
 
 
 def _examine_database(report: _Report, store: Store, wait: float) -> _Faulty:
@@ -8473,7 +8466,7 @@ def _examine_files(report: _Report, database: str, journal: str, others: int) ->
     for path in {os.path.dirname(database), os.path.dirname(journal)}:
         with suppress(OSError):
             free = space[path] = shutil.disk_usage(path).free
-            if free < Checkup._LITTLE_SPACE_BYTES:
+            if free < _LITTLE_SPACE_BYTES:
                 yield f"only {free >> 20} MiB are free in {path}", "make room, or set `retention`"
 
 
@@ -10324,20 +10317,20 @@ def cmd_import(args: Args) -> int:
 
 
 def cmd_doctor(args: Args) -> int:
-    checkup = Checkup(_config_of(args), wait=args.wait)
+    report = check_up(_config_of(args), wait=args.wait)
     if args.json:
-        _print_json(checkup.report)
+        _print_json(report)
     elif args.prometheus:
-        _print("\n".join(prometheus_text(checkup.report)))
+        _print("\n".join(prometheus_text(report)))
     else:
-        for part, state in checkup.report.items():
+        for part, state in report.items():
             if isinstance(state, dict):
                 text = ", ".join(f"{key} {value}" for key, value in state.items() if value is not None)
                 _print(f"{part}: {text}")
-        for fault in checkup.faults:
+        for fault in report["faults"]:
             _print("fault: {problem}; remedy: {remedy}".format(**fault))
-        _print("not healthy" if checkup.faults else "healthy")
-    return EXIT_FAILED if checkup.faults else 0
+        _print("healthy" if report["healthy"] else "not healthy")
+    return 0 if report["healthy"] else EXIT_FAILED
 
 
 def cmd_report(args: Args) -> None:

@@ -786,11 +786,6 @@ class Follower:
     def look(self, *, wait: float = 0.0) -> list[Row]: ...
     def running(self) -> list[Row]: ...
 
-class Checkup:
-    faults: list[dict[str, str]]
-    report: _Report
-    def __init__(self, config: Config, *, wait: float) -> None: ...
-
 class Importer:
     def __init__(self, config: Config, *, on_bad_line: Callable[[str], None], wait: float) -> None: ...
     def take(self, path: str) -> tuple[int, int, int]: ...
@@ -819,4 +814,3 @@ _Tool: TypeAlias = "str | None"
 _Echo: TypeAlias = "list[str] | None"
 _Strings: TypeAlias = tuple[str, str]
 _AnyPath: TypeAlias = str | os.PathLike[str]
-_Report: TypeAlias = dict[str, Any]
