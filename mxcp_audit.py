@@ -5756,7 +5756,6 @@ SELECT segment, events FROM ({
     )
 }) SEMI JOIN (SELECT segment, digest FROM audit.ledger WHERE kind = 'segment') USING (segment, digest)"""
 INSERT_ROWS = f"INSERT INTO audit.logs BY NAME SELECT {_NAMES} FROM batch"
-CHAIN_ENDS = "SELECT journal, max(position) FROM audit.ledger GROUP BY journal"
 
 
 # --- verifying: through views of known columns and types
@@ -5806,7 +5805,6 @@ def sound_rows(
     return f"SELECT {selected} {f'FROM {table}' if types else 'WHERE false'}"
 
 
-SOUND_LOGS = "CREATE OR REPLACE TEMP VIEW sound_logs AS "
 CHAIN = f"""\
 SELECT coalesce(journal, '') AS journal, coalesce(position, 0) AS position, coalesce(kind, ''),
   coalesce(events, 0), coalesce(seal, '') AS seal, {ENTRY_HASH}
@@ -6511,6 +6509,8 @@ class Target:
                 stack.enter_context(self.attached(engine, write=write))
 
             patiently(enter, wait)
+            if not write:
+                self.view_tables(engine)
             yield engine
 
     def let_ingest_pass(self, wait: float) -> None:
@@ -6635,13 +6635,13 @@ class Target:
         except OSError as error:
             raise StoreError(f"{self.path}: {error.strerror}; check the path and its permissions") from error
 
-    def columns(self, engine: Engine) -> dict[str, dict[str, str]]:
-        """Return the column types of `logs` and `ledger`, if they exist."""
-        if not self._is_quack:
-            return column_types(engine)
-        columns = "column_name, column_type FROM (DESCRIBE audit."  # duckdb_columns() lists none there
-        sql = f"SELECT 'logs', {columns}logs) UNION ALL SELECT 'ledger', {columns}ledger)"
-        return column_types(engine, sql)
+    def view_tables(self, engine: Engine) -> dict[str, dict[str, str]]:
+        """Define the views `sound_logs` and `sound_ledger`; return the types of the tables' columns."""
+        sql = TABLE_TYPES
+        if self._is_quack:  # duckdb_columns() lists none there
+            columns = "column_name, column_type FROM (DESCRIBE audit."
+            sql = f"SELECT 'logs', {columns}logs) UNION ALL SELECT 'ledger', {columns}ledger)"
+        return define_views(engine, column_types(engine, sql))
 
     def oddities(self, engine: Engine) -> list[str]:
         """Return why our tables may show what nobody recorded."""
@@ -6679,13 +6679,13 @@ WHERE database_name = 'audit' AND NOT regexp_full_match(table_name, 'logs|ledger
 
     def create_tables(self, engine: Engine) -> None:
         """Make missing tables and columns, and what two ingests of a journal collide at."""
-        ask, present = engine.execute, self.columns(engine)
-        if "logs" not in present:
+        ask, types = engine.execute, self.view_tables(engine)
+        missing = [column for column in COLUMNS[10:] if column.name not in types["logs"]]
+        if not types["logs"]:
             ask(CREATE_LOGS)
-        for name, sql_type in COLUMNS[10:] if "logs" in present else ():
-            if name not in present["logs"]:
-                self.change_logs(engine, f"ALTER TABLE audit.logs ADD COLUMN IF NOT EXISTS {name} {sql_type}")
-        if "ledger" not in present:
+        for name, sql_type in missing if types["logs"] else ():
+            self.change_logs(engine, f"ALTER TABLE audit.logs ADD COLUMN IF NOT EXISTS {name} {sql_type}")
+        if not types["ledger"]:
             ask(CREATE_LEDGER)
             if self.is_postgres:
                 index = "INDEX IF NOT EXISTS"
@@ -6694,6 +6694,8 @@ WHERE database_name = 'audit' AND NOT regexp_full_match(table_name, 'logs|ledger
         if self.is_lake:
             turn = f"audit.turn_{self.journal.identity()}"
             ask(f"CREATE TABLE IF NOT EXISTS {turn} AS SELECT 0::BIGINT AS taken")
+        if missing or not types["ledger"]:
+            self.view_tables(engine)
 
     def signature(self) -> object:
         """Return what differs after every ingest; None while that can't be told."""
@@ -6711,11 +6713,21 @@ WHERE database_name = 'audit' AND NOT regexp_full_match(table_name, 'logs|ledger
         return stamps
 
 
-def column_types(engine: Engine, sql: str = TABLE_TYPES) -> dict[str, dict[str, str]]:
-    """Return types of columns, by table and name."""
-    types: dict[str, dict[str, str]] = {}
+_Types: TypeAlias = dict[str, dict[str, str]]  # of columns, by table and name
+
+
+def column_types(engine: Engine, sql: str) -> _Types:
+    types: _Types = {"logs": {}, "ledger": {}}
     for table, column, sql_type in engine.execute(sql):
-        types.setdefault(table, {})[column] = sql_type
+        types[table][column] = sql_type
+    return types
+
+
+def define_views(engine: Engine, types: _Types) -> _Types:
+    """Define the views `sound_logs` and `sound_ledger` of tables with these columns."""
+    for table, columns in (("logs", COLUMNS), ("ledger", LEDGER_COLUMNS)):
+        rows = sound_rows(types.get(table, {}), f"audit.{table}", columns)
+        engine.execute(f"CREATE OR REPLACE TEMP VIEW sound_{table} AS {rows}")
     return types
 
 
@@ -6854,7 +6866,6 @@ class Ledger(Target):
             raise StoreError(text + "set MXCP_AUDIT_KEY or MXCP_AUDIT_KEY_FILE")
         ask(f"CREATE OR REPLACE TEMP TABLE entries ({LEDGER_DEFINITIONS})")
         if is_ledger_empty(engine):
-            ask(SOUND_LOGS + sound_rows(self.columns(engine)["logs"]))
             days = ask(ranges("segment IS NULL"), {"size": _LEGACY_ROWS})
             entries = [*(_legacy_entries(*span) for span in days), *entries]
         for query in entries:
@@ -6893,21 +6904,20 @@ def chain_heads(engine: Engine, journal: str | None = None) -> list[Head]:
     sql = """\
 SELECT coalesce(journal, ''), max(position), coalesce(sum(events) FILTER (WHERE kind = 'segment'), 0)::BIGINT,
   coalesce(arg_max(seal, position), '')
-FROM audit.ledger WHERE $journal IS NULL OR journal = $journal GROUP BY ALL ORDER BY ALL"""
+FROM sound_ledger WHERE $journal IS NULL OR journal = $journal GROUP BY ALL ORDER BY ALL"""
     return [Head(*row) for row in engine.execute(sql, {"journal": journal})]
 
 
 def known_segments(engine: Engine, segments: Collection[str], *, kind: str = "segment") -> set[str]:
     """Return which of the segments have an entry of a kind."""
-    sql = f"SELECT segment FROM audit.ledger WHERE kind = '{kind}' AND {among('segment', segments)}"
+    sql = f"SELECT segment FROM sound_ledger WHERE kind = '{kind}' AND {among('segment', segments)}"
     return {segment for (segment,) in engine.execute(sql)} if segments else set()
 
 
-def unknown_segments(engine: Engine, paths: Sequence[str], tables: Collection[str]) -> list[str]:
-    """Return the segment files that the target's ledger lacks."""
-    ids = list(map(segment_id_of, paths))
-    known = known_segments(engine, ids) if "ledger" in tables else ()
-    return [path for path, segment in zip(paths, ids) if segment not in known]
+def unknown_segments(engine: Engine, paths: Sequence[str]) -> list[str]:
+    """Return the segment files that the ledger lacks."""
+    known = known_segments(engine, [segment_id_of(path) for path in paths])
+    return [path for path in paths if segment_id_of(path) not in known]
 
 
 # == Ingest ==
@@ -7101,7 +7111,7 @@ def refuse_fatal_limit() -> None:
 #
 # Table and journal as one log, in which every event is seen once (docs/design.md).
 
-_BOTH = ("table_rows", "journal_rows")
+_BOTH = ("sound_logs", "journal_rows")
 
 
 class Reading:
@@ -7112,7 +7122,7 @@ class Reading:
         self.problem: StoreError | None = None
         self.schema: str | None = None  # in which PostgreSQL itself selects first rows
         self.oddities: list[str] = []
-        self.has_table = self.has_journal = self.has_ledger = self._is_attached = False
+        self.has_table = self.has_journal = self._is_attached = False
 
     def open(self, wait: float) -> contextlib.ExitStack:
         """Open both, or the journal alone; closing the result closes them."""
@@ -7130,30 +7140,33 @@ class Reading:
         return self._open(with_table=False)
 
     def _open(self, *, with_table: bool) -> contextlib.ExitStack:
-        target, present = self._target, dict[str, dict[str, str]]()
+        target, types = self._target, _Types()
         with contextlib.ExitStack() as stack:
-            has_file = with_table and not target.is_absent()
-            if not (has_file and target.is_file):  # no lock of DuckDB's keeps ingests out
+            self._is_attached = with_table and not target.is_absent()
+            if not (self._is_attached and target.is_file):  # no lock of DuckDB's keeps ingests out
                 is_ours = True
                 with suppress(JournalError):  # this user may only read the journal
                     is_ours = stack.enter_context(self._journal.ingest_lock(shared=True))
                 if with_table and not is_ours:
                     text = "this host's journal is being ingested; try again"
                     raise DatabaseLockedError(f"{target.name}: {text}")
-            if has_file:
+            if self._is_attached:
                 stack.enter_context(target.attached(self.engine))
-                self._is_attached = True
-                self.schema = target.schema if target.is_postgres else None
             segments = self._segments()
-            if has_file:
-                present = target.columns(self.engine)
-                self.oddities = target.oddities(self.engine)
-                if any(text.endswith(VIEW) for text in self.oddities):  # it could read any file
-                    present = {}
-                    text = "what should be a table is a view, and is not read"
-                    self.problem = StoreError(f"{target.name}: {text}")
-            self.has_ledger = "ledger" in present
-            self.open_views(present.get("logs"), unknown_segments(self.engine, segments, present))
+            if self._is_attached:
+                types, self.oddities = target.view_tables(self.engine), target.oddities(self.engine)
+            if any(text.endswith(VIEW) for text in self.oddities):  # it could read any file
+                types = {}
+                text = "what should be a table is a view, and is not read"
+                self.problem = StoreError(f"{target.name}: {text}")
+            table = define_views(self.engine, types).get("logs")
+            self.has_table = bool(table)
+            if target.is_postgres and table == dict(COLUMNS):  # it lacks what is converted
+                self.schema = target.schema
+            segments = unknown_segments(self.engine, segments)
+            files = combine(segments, self._folder)
+            self.has_journal = bool(files)
+            self._define("journal_rows", journal_rows(files, max(map(_size_of, segments), default=0)))
             return stack.pop_all()
 
     def _segments(self) -> list[str]:
@@ -7171,16 +7184,6 @@ class Reading:
         if lines:
             write_file(path, lines)
         self._define("running_rows", journal_rows([path] if lines else [], len(lines)))
-
-    def open_views(self, table: Mapping[str, str] | None, segments: Sequence[str]) -> None:
-        """Define the views `table_rows` and `journal_rows`."""
-        self.has_table = table is not None
-        if table is None or dict(COLUMNS) != table:
-            self.schema = None  # PostgreSQL lacks what is converted
-        files = combine(segments, self._folder)
-        self.has_journal = bool(files)
-        self._define("table_rows", sound_rows(table or {}))
-        self._define("journal_rows", journal_rows(files, max(map(_size_of, segments), default=0)))
 
     def _define(self, view: str, rows: str) -> None:
         self.engine.execute(f"CREATE OR REPLACE TEMP VIEW {view} AS {rows}")
@@ -7243,9 +7246,9 @@ ORDER BY place"""
     def losses(self, since: str = "-infinity") -> list[Row]:
         """Return when lost events were entered, how many, and why."""
         sql = f"""\
-SELECT strftime(ingested_at, {_ISO_FORMAT}), events, coalesce(detail, '') FROM audit.ledger
+SELECT strftime(ingested_at, {_ISO_FORMAT}), events, coalesce(detail, '') FROM sound_ledger
 WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER BY ingested_at, position"""
-        return self.engine.execute(sql, {"since": since}) if self.has_ledger else []
+        return self.engine.execute(sql, {"since": since})
 
     def query(self, statement: str) -> tuple[list[str], Iterator[Row]]:
         """Run one SELECT over the view `logs` and return its column names and its rows.
@@ -7409,15 +7412,6 @@ def runs_of(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
         yield first, first + len(rest)
 
 
-def view_tables(engine: Engine) -> dict[str, dict[str, str]]:
-    """Define the views `sound_logs` and `sound_ledger`; return the tables' column types."""
-    columns = {"logs": {}, "ledger": {}, **column_types(engine)}
-    engine.execute(SOUND_LOGS + sound_rows(columns["logs"]))
-    rows = sound_rows(columns["ledger"], "audit.ledger", LEDGER_COLUMNS)
-    engine.execute(f"CREATE OR REPLACE TEMP VIEW sound_ledger AS {rows}")
-    return columns
-
-
 class Taken(NamedTuple):
     """What a purge says that it took: entries; in the form of 0.1, the old ones of their events."""
 
@@ -7498,7 +7492,7 @@ class Verdict:
 
     def open(self, checkpoint: Sequence[Head] = ()) -> bool:
         """Check the tables' form, the chains and the purges; False if there is no ledger."""
-        types = view_tables(self._engine)
+        types = self._target.view_tables(self._engine)
         has_ledger = bool(types["ledger"] or "segment" in types["logs"])
         for text in self._target.oddities(self._engine):
             self._add("table", text)
@@ -7639,7 +7633,6 @@ class Verdict:
 
 def plain_seals(engine: Engine) -> dict[str, str]:
     """Return the end of each journal's chain as if sealed without a key."""
-    view_tables(engine)
     seals: dict[str, str] = {}
     for name, *_, row in engine.stream(CHAIN):
         seals[name] = make_seal(seals.get(name, ""), row, None)
@@ -7648,7 +7641,6 @@ def plain_seals(engine: Engine) -> dict[str, str]:
 
 def prove(engine: Engine, event_id: str) -> dict[str, Any]:
     """Do what `Store.prove` says; docs/security.md describes the form."""
-    view_tables(engine)
     segment, _, seq = event_id.rpartition(":")
     asked = {"segment": segment, "seq": int(seq) if seq.isdecimal() else -1}
 
@@ -7885,18 +7877,17 @@ def _merge(path: str, place: str, mine: Target) -> tuple[int, int]:
         ask = engine.execute
         attach(engine, place, "ours", {**mine.options, "READ_ONLY": True})
         present = column_types(engine, TABLE_TYPES.replace("'audit'", "'ours'"))
-        rows = sound_rows(present.get("logs", {}), "ours.logs")
+        rows = sound_rows(present["logs"], "ours.logs")
         unknown = "segment NOT IN (SELECT coalesce(segment, '') FROM audit.ledger WHERE kind = '{}')"
         unknown += " AND segment IS NOT NULL"
         with target.writing(engine):
-            if {"logs", "ledger"} <= present.keys():
+            if all(present.values()):
                 ask(f"CREATE OR REPLACE TEMP TABLE batch AS {rows} WHERE {unknown.format('segment')}")
                 segments = [segment for (segment,) in ask("SELECT DISTINCT segment FROM batch")]
                 losses = "SELECT events, detail, segment FROM ours.ledger WHERE kind = 'loss' AND "
                 lost = ask(losses + unknown.format("loss"))
                 target.take(engine, segments, [entry_of("loss", *loss, segment=each) for *loss, each in lost])
-            now = sound_rows(target.columns(engine)["logs"])
-            ((missing,),) = ask(f"SELECT count(*) FROM ({rows} EXCEPT ALL {now})")
+            ((missing,),) = ask(f"SELECT count(*) FROM ({rows} EXCEPT ALL SELECT * FROM sound_logs)")
             if missing:
                 text = f"{place} holds {counted(missing, 'row')} that would be lost; "
                 raise StoreError(f"{text}move it and its .wal aside to restore without them")
@@ -7914,8 +7905,8 @@ def _copy_database(engine: Engine, target: Target, folder: str) -> str:
         engine.execute(statement)
     sync_file(path)
     attach(engine, path, "fresh", {**target.options, "READ_ONLY": True})
-    for table in target.columns(engine):
-        if engine.execute(SAME_CONTENT[table]) != [(True,)]:
+    for table, columns in target.view_tables(engine).items():
+        if columns and engine.execute(SAME_CONTENT[table]) != [(True,)]:
             raise StoreError(f"{path}: the copy of {table} differs; nothing was changed, look at the disk")
     engine.execute("DETACH fresh")
     return path
@@ -8057,10 +8048,9 @@ class Store:
         """Return the number of a segment's ingested events and the time of the last, or None."""
         sql = """\
 SELECT events, strftime(last_event, '%Y-%m-%d %H:%M:%S.%f')
-FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
+FROM sound_ledger WHERE kind = 'segment' AND segment = $segment"""
         with suppress(DatabaseNotFoundError), self.target.session() as engine:
-            if "ledger" in self.target.columns(engine):
-                return next(iter(engine.execute(sql, {"segment": segment_id})), None)
+            return next(iter(engine.execute(sql, {"segment": segment_id})), None)
         return None
 
     def verify(
@@ -8092,8 +8082,7 @@ FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
     def checkpoint(self, *, wait: float = 5.0) -> dict[str, Any]:
         """Return the heads for JSON, with seals for those who have no key."""
         with self.target.session(wait) as engine:
-            heads = chain_heads(engine) if "ledger" in self.target.columns(engine) else []
-            plain = plain_seals(engine)
+            heads, plain = chain_heads(engine), plain_seals(engine)
         journals = [{**head._asdict(), "plain": plain.get(head.journal)} for head in heads]
         return {"time": iso_time(microseconds(sql_time(utc_now()))), "journals": journals}
 
@@ -8141,8 +8130,7 @@ FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
         with _scratch(place, f"{path} can't be written") as scratch:
             with target.session(wait) as engine:
                 copy = _copy_database(engine, target, scratch)
-                waiting = unknown_segments(engine, self.journal.segments(), target.columns(engine))
-                events = _take_in(waiting, copy, target)
+                events = _take_in(unknown_segments(engine, self.journal.segments()), copy, target)
             _put_in_place(copy, place)
         return events
 
@@ -8157,7 +8145,7 @@ FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
         source = Target(Config(os.path.abspath(path), attach=target.options), old)
         with self._alone(wait), _scratch(place, f"{place} can't be restored", name="restore") as scratch:
             with source.session(wait) as engine:
-                if "logs" not in source.columns(engine):
+                if not source.view_tables(engine)["logs"]:
                     raise StoreError(f"{path} holds no audit log; name a copy that `backup` made")
                 copy = _copy_database(engine, source, scratch)
             events = _take_in(old.segments(), copy, target)
@@ -8230,7 +8218,7 @@ FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
 
 
 # == Follow ==
-# depends on: Errors, Events, Journal, SQL, Engines, Target, Reading, Operations
+# depends on: Errors, Events, Journal, SQL, Engines, Target, Ledger, Reading, Operations
 #
 # New events as they come, by position in the ledger and in the segments that it lacks: late ingests, other
 # hosts and clocks that jump lose nothing.
@@ -8245,7 +8233,7 @@ CREATE OR REPLACE TEMP TABLE entries AS
 SELECT *
 FROM (SELECT journal, position, kind, segment, coalesce(events, 0) AS events, coalesce(detail, '') AS detail,
         coalesce(t.tail, 0) AS tail, ingested_at
-      FROM audit.ledger
+      FROM sound_ledger
       LEFT JOIN ({{positions}}) ON known = journal LEFT JOIN ({{tails}}) AS t ON wanted = segment
       WHERE position > coalesce(last, 0) AND ingested_at >= {{since}}::TIMESTAMP
       {_ORDER} LIMIT {_LOOK_ENTRIES})
@@ -8288,9 +8276,9 @@ class Follower:
         """Count everything in an open log as seen."""
         if reading.problem is not None:  # of the ledger, only what is entered later is new
             self._since = sql_time(utc_now())
-        elif reading.has_ledger:
+        else:
             self._signature = self._target.signature()
-            self._positions = dict(reading.engine.execute(CHAIN_ENDS))
+            self._positions = {head.journal: head.position for head in chain_heads(reading.engine)}
         if reading.has_journal:
             reading.freeze_journal()  # so that later queries show nothing that isn't counted here
             ends = reading.engine.execute("SELECT segment, max(seq) FROM journal_rows GROUP BY segment")
@@ -8321,17 +8309,16 @@ class Follower:
 
     def _new_table_rows(self) -> list[Row]:
         """Return what was entered since the last look, and not seen in the journal."""
-        target, ask, entries, rows = self._target, self._engine.execute, list[Row](), list[Row]()
+        target, ask, rows = self._target, self._engine.execute, list[Row]()
+        positions = listed("known VARCHAR, last BIGINT", self._positions.items())
+        tails = listed(_TAILS, self._tails.items())
         with target.attached(self._engine):
             signature = target.signature()  # nobody can ingest now
-            present = target.columns(self._engine)
-            if "ledger" in present:
-                positions = listed("known VARCHAR, last BIGINT", self._positions.items())
-                tails, since = listed(_TAILS, self._tails.items()), sql_literal(self._since)
-                ask(_NEW_ENTRIES.format(positions=positions, tails=tails, since=since))
-                entries = ask("SELECT journal, position, kind, segment FROM entries")
+            target.view_tables(self._engine)
+            ask(_NEW_ENTRIES.format(positions=positions, tails=tails, since=sql_literal(self._since)))
+            entries = ask("SELECT journal, position, kind, segment FROM entries")
             if entries:
-                rows = self._matching(sound_rows(present.get("logs", {})), _ENTERED)
+                rows = self._matching("SELECT * FROM sound_logs", _ENTERED)
         for journal, position, kind, segment in entries:
             self._positions[journal] = max(position, self._positions.get(journal, 0))
             if kind == "segment":
@@ -8413,7 +8400,7 @@ def _examine_database(report: _Report, store: Store, wait: float) -> _Faulty:
             if reading.problem is not None:
                 raise reading.problem
             state["readable"] = reading.has_table
-            ((state["events"],),) = reading.engine.execute("SELECT count(*) FROM table_rows")
+            ((state["events"],),) = reading.engine.execute("SELECT count(*) FROM sound_logs")
             for text in reading.oddities:
                 yield f"{text}: what is shown may not be what was recorded", "see what `verify` finds"
             for row in reading.running(Filter(min_ms=3_600_000)):

@@ -225,7 +225,7 @@ with Store(load_config()).reading(wait=60) as reading:
     rows = reading.engine.execute(
         "SELECT count(*)::BIGINT AS a, count(DISTINCT segment || ':' || seq)::BIGINT AS b, "
         "count(DISTINCT input_json)::BIGINT AS c "
-        "FROM (FROM table_rows UNION ALL BY NAME FROM journal_rows)")
+        "FROM (FROM sound_logs UNION ALL BY NAME FROM journal_rows)")
     entries = [] if not reading.has_table else reading.engine.execute(
         "SELECT count(*)::BIGINT AS a, count(DISTINCT segment)::BIGINT AS b, "
         "count(DISTINCT journal)::BIGINT AS c, sum(events)::BIGINT AS d "
@@ -238,7 +238,7 @@ WATCH = """
 import json, os, time
 from mxcp_audit import DatabaseLockedError, DatabaseUnreachableError, Store, load_config
 count = ("SELECT count(*)::BIGINT AS a, count(DISTINCT segment || ':' || seq)::BIGINT AS b "
-         "FROM (FROM table_rows UNION ALL BY NAME FROM journal_rows)")
+         "FROM (FROM sound_logs UNION ALL BY NAME FROM journal_rows)")
 reads = twice = 0
 while not os.path.exists("stop"):
     try:
@@ -370,7 +370,7 @@ with Store(load_config()).reading() as reading:
     rows = [row[1:-1] for row in reading.rows(Filter(), count=None, oldest_first=True)]
     kinds = reading.engine.execute(
         "SELECT DISTINCT typeof(timestamp)::VARCHAR AS a, typeof(duration_ms)::VARCHAR AS b, "
-        "typeof(seq)::VARCHAR AS c, typeof(input_json)::VARCHAR AS d FROM table_rows")
+        "typeof(seq)::VARCHAR AS c, typeof(input_json)::VARCHAR AS d FROM sound_logs")
 print(json.dumps([rows, kinds]))
 """
 
