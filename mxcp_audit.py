@@ -6424,13 +6424,11 @@ def scratch_folder(beside: str | None = None) -> contextlib.AbstractContextManag
     return tempfile.TemporaryDirectory(prefix="mxcp_audit-", dir=temporary_place() or beside)
 
 
-_EVENTS_WAIT = "events wait in the journal"
 _NOT_FOUND = "Audit database not found at "
 _REMEDIES: Mapping[type[StoreError], str] = {
     DatabaseLockedError: "try again when that process has closed it; events wait in the journal meanwhile",
     DatabaseCorruptError: "nothing was changed, events wait; if a newer DuckDB made it, use that one, "
     "else move it aside or restore a backup",
-    DatabaseNotFoundError: "it vanished while it was opened; try again",
     QueryError: "",
 }
 DAMAGED_WAL = "replaying WAL"
@@ -6501,14 +6499,7 @@ class Target:
         if not write:
             self.let_ingest_pass(wait)
         with contextlib.closing(self.open_engine(guest=guest)) as engine, contextlib.ExitStack() as stack:
-
-            def enter() -> None:
-                if self.is_absent():
-                    text = "correct the path, or run `ingest` if events wait"
-                    raise DatabaseNotFoundError(f"{_NOT_FOUND}{self.path}: {text}")
-                stack.enter_context(self.attached(engine, write=write))
-
-            patiently(enter, wait)
+            patiently(lambda: stack.enter_context(self.attached(engine, write=write)), wait)
             if not write:
                 self.view_tables(engine)
             yield engine
@@ -6520,11 +6511,11 @@ class Target:
                 return
 
     @contextlib.contextmanager
-    def attached(self, engine: Engine, *, write: bool = False) -> Iterator[None]:
-        """Attach the target as `audit`; writing makes an absent file."""
+    def attached(self, engine: Engine, *, write: bool = False, make: bool = False) -> Iterator[None]:
+        """Attach the target as `audit`, or make it."""
         with _alone_in_process(self.path) if self.is_file else contextlib.nullcontext():
             try:
-                self._attach(engine, write=write)
+                self._attach(engine, write=write, make=make)
                 is_ours = write and self.is_file and not os.path.islink(self.path)
                 with self._private_wal() if is_ours else contextlib.nullcontext():
                     yield
@@ -6536,16 +6527,19 @@ class Target:
                         engine.execute("DETACH audit")
             except BaseException as error:
                 engine.close()
-                explained = self._explained(error) if isinstance(error, StoreError) else error
-                if explained is error:
-                    raise
-                # Causes may repeat passwords.
-                raise explained from (error if self.is_file else None)
+                if isinstance(error, StoreError):
+                    error.args = (self._explained(error),)
+                    if not self.is_file:
+                        error.__cause__ = None  # it may repeat passwords
+                raise
 
-    def _attach(self, engine: Engine, *, write: bool) -> None:
+    def _attach(self, engine: Engine, *, write: bool, make: bool) -> None:
         options = self.options if write else {**self.options, "READ_ONLY": True}
         if self.is_file:
-            if write and self.is_absent():
+            if self.is_absent():
+                if not make:
+                    text = "correct the path, or run `ingest` if events wait"
+                    raise DatabaseNotFoundError(f"{_NOT_FOUND}{self.path}: {text}")
                 self._make_file(engine)
             attach(engine, self.path, "audit", options)
             return
@@ -6563,20 +6557,19 @@ class Target:
         if not write:
             engine.execute("BEGIN")
 
-    def _explained(self, error: StoreError) -> StoreError:
-        """Add name and remedy to an engine's error, and hide its secrets."""
-        text, kind = str(error), type(error)
-        remedy = _REMEDIES.get(kind, _EVENTS_WAIT)
+    def _explained(self, error: StoreError) -> str:
+        """Return an engine's message with name and remedy, and without secrets."""
+        text, remedy = str(error), _REMEDIES.get(type(error), "events wait in the journal")
         if self.is_file:
-            if kind in (StoreError, QueryError) or text.startswith(_NOT_FOUND):
-                return error  # ours, or the statement's
+            if type(error) in (StoreError, QueryError, DatabaseNotFoundError):
+                return text  # ours, or the statement's
             if DAMAGED_WAL in text:
                 wal = f"{self.path}.wal"
                 remedy = f"what we wrote there waits in the journal too: mv '{wal}' '{wal}.damaged'"
-            return kind(f"{self.path}: {text}; {remedy}")
+            return f"{self.path}: {text}; {remedy}"
         text = hide_secrets(text, self.path, self.options)
         if self.name in text:
-            return kind(text)
+            return text
         text = postgres_message(text)
         if "due to lock timeout" in text:
             catalogue = "__ducklake_metadata_audit" if self.is_lake else "audit"
@@ -6584,7 +6577,7 @@ class Target:
                 attach(engine, self.path, "audit", {**self.options, "READ_ONLY": True})
                 for (holder,) in engine.execute(LOCK_HOLDER.format(catalogue)):
                     text += f" (held by {holder})"
-        return kind(f"{self.name}: {text}{remedy and '; '}{remedy}")
+        return f"{self.name}: {text}{remedy and '; '}{remedy}"
 
     @contextlib.contextmanager
     def _private_wal(self) -> Iterator[None]:
@@ -6656,16 +6649,14 @@ class Target:
         """Keep a lake's files few and large, if it is this process's turn."""
         chores = dict.fromkeys(chore for commit in self.commits for chore in lake_chores(commit))
         self.commits = []
-        if not chores:
-            return
-        others = """\
+        if chores:
+            others = """\
 SELECT 1 FROM duckdb_tables()
 WHERE database_name = 'audit' AND NOT regexp_full_match(table_name, 'logs|ledger|turn_.*')"""
-        with self.session(write=True, guest=True) as engine:
-            withheld = LAKE_CLEANING if engine.execute(others) else ()
-            for chore in chores:
-                if chore not in withheld:
-                    engine.execute(chore)
+            with self.session(write=True, guest=True) as engine:
+                for chore in chores:
+                    if not (chore in LAKE_CLEANING and engine.execute(others)):
+                        engine.execute(chore)
 
     def change_logs(self, engine: Engine, statement: str) -> None:
         """Run a statement that a foreign table may refuse."""
@@ -7034,7 +7025,7 @@ def _move(
 ) -> tuple[_Faults, set[str]]:
     """Move segments into the database; return bad lines, and the segments that were new to it."""
     faults, more, entries = _stage(engine, claims, folder), list[list[bytes]](), list[str]()
-    with target.attached(engine, write=True), target.writing(engine):
+    with target.attached(engine, write=True, make=True), target.writing(engine):
         known = known_segments(engine, [claim.id for claim in claims])
         fresh = [claim for claim in claims if claim.id not in known]
         if known:
