@@ -7155,9 +7155,8 @@ class Reading:
             if target.is_postgres and table == dict(COLUMNS):  # it lacks what is converted
                 self.schema = target.schema
             segments = unknown_segments(self.engine, segments)
-            files = combine(segments, self._folder)
-            self.has_journal = bool(files)
-            self._define("journal_rows", journal_rows(files, max(map(_size_of, segments), default=0)))
+            self.has_journal = any(map(_size_of, segments))
+            self._define("journal_rows", journal_rows(segments, self._folder))
             return stack.pop_all()
 
     def _segments(self) -> list[str]:
@@ -7174,7 +7173,7 @@ class Reading:
         path = os.path.join(self._folder, new_segment_id(0) + SEGMENT_SUFFIX)
         if lines:
             write_file(path, lines)
-        self._define("running_rows", journal_rows([path] if lines else [], len(lines)))
+        self._define("running_rows", journal_rows([path], self._folder))
 
     def _define(self, view: str, rows: str) -> None:
         self.engine.execute(f"CREATE OR REPLACE TEMP VIEW {view} AS {rows}")
@@ -7235,11 +7234,12 @@ ORDER BY place"""
         return self.ask(Filter(), f"SELECT event_id FROM events WHERE {condition} LIMIT 3")
 
     def losses(self, since: str = "-infinity") -> list[Row]:
-        """Return when lost events were entered, how many, and why."""
+        """Return when lost events were entered, how many, and why; then those that wait for it."""
         sql = f"""\
 SELECT strftime(ingested_at, {_ISO_FORMAT}), events, coalesce(detail, '') FROM sound_ledger
 WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER BY ingested_at, position"""
-        return self.engine.execute(sql, {"since": since})
+        waiting = [("not yet", loss.events, str(loss)) for loss in self._journal.losses().values()]
+        return self.engine.execute(sql, {"since": since}) + waiting
 
     def query(self, statement: str) -> tuple[list[str], Iterator[Row]]:
         """Run one SELECT over the view `logs` and return its column names and its rows.
@@ -7351,12 +7351,12 @@ def _postgres_rows(schema: str, where: str, count: int, way: str) -> str:
     return f"(SELECT * FROM postgres_query('audit', {sql_literal(query)}))"
 
 
-def journal_rows(files: Sequence[str], size: int) -> str:
-    """Return the SELECT of the events in files of up to `size` bytes."""
-    longest = max(LONGEST_LINE, size + 1)
-    return (
-        bind(JOURNAL_ROWS, {"files": files, "longest": longest, "lenient": True}) if files else sound_rows({})
-    )
+def journal_rows(segments: Sequence[str], folder: str) -> str:
+    """Return the SELECT of the events in segments, which may be combined in `folder`."""
+    if not (files := combine(segments, folder)):
+        return sound_rows({})
+    longest = max(LONGEST_LINE, *(_size_of(path) + 1 for path in segments))
+    return bind(JOURNAL_ROWS, {"files": files, "longest": longest, "lenient": True})
 
 
 # == Evidence ==
@@ -7406,11 +7406,11 @@ def runs_of(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
 class Taken(NamedTuple):
     """What a purge says that it took: entries; in the form of 0.1, the old ones of their events."""
 
-    is_old: bool = True
-    before: int = 0
-    spans: Sequence[tuple[str, int, int]] = ()  # of a chain, from and to
-    kept: Sequence[tuple[str, int, str]] = ()  # by an old one, of a segment: how many events, their digest
-    wrong: Sequence[tuple[str, int, int]] = ()  # segment, events found, events entered
+    is_old: bool
+    before: int
+    spans: list[tuple[str, int, int]]  # of a chain, from and to
+    kept: Sequence[tuple[str, int, str]]  # by an old one, of a segment: how many events, their digest
+    wrong: list[tuple[str, int, int]]  # segment, events found, events entered
 
 
 def taken_by(detail: str | None) -> Taken | None:
@@ -7542,38 +7542,38 @@ class Verdict:
 
     def _read_purges(self, *, has_checkpoint: bool) -> None:
         """Compare each believed purge with the entries that it names."""
-        purges: list[tuple[int, dict[str, Any], Taken, str]] = []
+
+        def fault(text: str) -> None:
+            text = f"purge {entry['position']} of journal {entry['journal']} {text}"
+            self._add("chain", text, journal=entry["journal"])
+
+        purges: list[tuple[int, dict[str, Any], Taken]] = []
         for number, (*values, detail) in enumerate(self._ask(PURGES)):
             entry = dict(zip(("moment", "host", "events", "journal", "position"), values))
-            if (entry["journal"], entry["position"]) in self.doubted:
-                continue
             is_newer = entry["position"] > self._covered.get(entry["journal"], 0)
-            taken, text = taken_by(detail), ""
-            if taken is None:
-                text = "can't be read"
+            if (entry["journal"], entry["position"]) in self.doubted:
+                pass
+            elif (taken := taken_by(detail)) is None:
+                fault("can't be read")
             elif taken.kept and is_newer and has_checkpoint and not self._keys:
-                text = "kept parts of segments, as earlier versions did, but is newer than the checkpoint"
-                taken = None
+                fault("kept parts of segments, as earlier versions did, but is newer than the checkpoint")
             else:
                 self.purged += entry["events"]
                 self.purges += [entry] * is_newer
-            purges.append((number, entry, taken or Taken(), text))
-        spans = [(number, *taken[:2], *span) for number, _, taken, _ in purges for span in taken.spans]
-        kept = [(number, *left) for number, _, taken, _ in purges for left in taken.kept]
+                purges.append((number, entry, taken))
+        spans = [(number, *taken[:2], *span) for number, _, taken in purges for span in taken.spans]
+        kept = [(number, *left) for number, _, taken in purges for left in taken.kept]
         spans_sql = "number BIGINT, is_old BOOLEAN, before BIGINT, journal VARCHAR, low BIGINT, high BIGINT"
         kept_sql = "number BIGINT, segment VARCHAR, events BIGINT, digest VARCHAR"
         self._ask(GONE.format(spans=listed(spans_sql, spans), kept=listed(kept_sql, kept)))
         sums = "least(sum(held), 2::HUGEINT**62)::BIGINT, bool_and(is_past)"
         rows = self._ask(f"SELECT number, {sums} FROM gone GROUP BY number")
         named = {number: rest for number, *rest in rows}
-        for number, entry, taken, text in purges:
+        for number, entry, taken in purges:
             held, is_past = named.get(number, (0, True))
             held += sum(found - entered for _, found, entered in taken.wrong)
             if not taken.is_old and not (is_past and held == entry["events"]):
-                text = f"took {entry['events']} events by its own words, but names {held}, or younger ones"
-            if text:
-                text = f"purge {entry['position']} of journal {entry['journal']} {text}"
-                self._add("chain", text, journal=entry["journal"])
+                fault(f"took {entry['events']} events by its own words, but names {held}, or younger ones")
             for segment, found, _ in taken.wrong:
                 text = f"segment {segment} was not as recorded when it was purged: {counted(found, 'event')}"
                 self._add("changed", text, segment=segment)
@@ -8021,19 +8021,11 @@ class Store:
                 running = journal.running()
                 reading.open_running(running)
                 if not (reading.has_table or reading.has_journal or running or reading.problem):
-                    text = (
-                        "Either audit logging is not enabled for the profile, or no events have been logged "
-                    )
-                    text = f"{text}yet (the database is created on first write)."
-                    raise DatabaseNotFoundError(f"{_NOT_FOUND}{target.name}. {text}")
+                    text = "audit logging is not enabled for the profile, or no events have been logged yet"
+                    raise DatabaseNotFoundError(f"{_NOT_FOUND}{target.name}: {text}")
                 for text in reading.oddities:
                     self._diagnostics.report("table", f"{text}; what is shown may not be what was recorded")
                 yield reading
-
-    def losses(self, reading: Reading) -> list[tuple[int, str]]:
-        """Return how many events were lost in the last 30 days, and why."""
-        found = [(events, detail) for _, events, detail in reading.losses(month_ago())]
-        return found + [(loss.events, str(loss)) for loss in self.journal.losses().values()]
 
     def imported(self, segment_id: str) -> tuple[int, str] | None:
         """Return the number of a segment's ingested events and the time of the last, or None."""
@@ -8329,8 +8321,7 @@ class Follower:
         tails = listed(_TAILS, [(each, self._tails.get(each, 0)) for each in grown])
         try:
             with scratch_folder(self._journal.directory) as folder:
-                rows = journal_rows(combine(files, folder), max(sizes[each] for each in grown))
-                matching = self._matching(rows, tails)
+                matching = self._matching(journal_rows(files, folder), tails)
         except QueryError:
             if all(map(os.path.exists, files)):
                 raise
@@ -8404,7 +8395,7 @@ def _examine_database(report: _Report, store: Store, wait: float) -> _Faulty:
             if count:
                 text = f"{counted(count, 'call')} refused in 30 days, as no record could be made: {last}"
                 yield text, "make room, or mend the journal's disk"
-            for _, text in store.losses(reading):
+            for *_, text in reading.losses(month_ago()):
                 yield f"events were lost: {text}", "mend the reason; it is shown for 30 days"
     except DatabaseNotFoundError:
         state["events"] = 0  # nothing was logged yet: no fault
@@ -9979,7 +9970,7 @@ def cmd_log(args: Args) -> None:
         if problem:
             problem.args = (f"only events of the journal are shown: {problem}",)
             raise problem
-        if lost := sum(count for count, _ in store.losses(reading)):
+        if lost := sum(count for _, count, _ in reading.losses(month_ago())):
             _say(f"{counted(lost, 'event')} lost in the last 30 days: see `doctor`")
 
 

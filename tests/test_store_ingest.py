@@ -105,7 +105,7 @@ def test_ingest_loss_is_entered_once(db: Path, engine: str) -> None:
     store.ingest()
     assert judge(db).losses == 7 and not journal.losses()
     with store.reading() as reading:
-        ((count, detail),) = store.losses(reading)
+        ((_, count, detail),) = reading.losses()
     assert count == 7 and "2026-01-31 12:00:09" in detail and "full" in detail
 
 
