@@ -6905,9 +6905,9 @@ def known_segments(engine: Engine, segments: Collection[str], *, kind: str = "se
     return {segment for (segment,) in engine.execute(sql)} if segments else set()
 
 
-def unknown_segments(engine: Engine, paths: Sequence[str]) -> list[str]:
-    """Return the segment files that the ledger lacks."""
-    known = known_segments(engine, [segment_id_of(path) for path in paths])
+def unknown_segments(engine: Engine, paths: Collection[str], *, kind: str = "segment") -> list[str]:
+    """Return the files of segments, or of losses, that the ledger lacks."""
+    known = known_segments(engine, [segment_id_of(path) for path in paths], kind=kind)
     return [path for path in paths if segment_id_of(path) not in known]
 
 
@@ -7041,11 +7041,10 @@ def _move(
             if lines := faults.get(claim.id):
                 claim.reject(sorted(lines))
                 entries.append(entry_of("loss", len(lines), text, segment=claim.id))
-        of_writers = {segment_id_of(path): loss for path, loss in lost.items()}
-        for segment in sorted(of_writers.keys() - known_segments(engine, of_writers, kind="loss")):
-            loss = of_writers[segment]
+        for path in unknown_segments(engine, lost, kind="loss"):
+            loss = lost[path]
             text = f"{loss.reason}, between {loss.first} and {loss.last}"
-            entries.append(entry_of("loss", loss.events, text, segment=segment))
+            entries.append(entry_of("loss", loss.events, text, segment=segment_id_of(path)))
         target.take(engine, ids := [claim.id for claim in fresh], entries)
     for rest in more:  # not before the commit: after a failed one they come again
         numbered = [finish_line(_LINE_SEQ.sub(b"", line), seq) for seq, line in enumerate(rest, 1)]
@@ -8049,9 +8048,8 @@ FROM sound_ledger WHERE kind = 'segment' AND segment = $segment"""
         The chains must lead through the heads of a `checkpoint`. Of segments before `since`, naive UTC, only
         the chain is recomputed. `progress` is called with the events done and their total.
         """
-        keys = seal_keys()
         with self.target.session(wait) as engine:
-            verdict = Verdict(engine, self.target, keys)
+            verdict = Verdict(engine, self.target, seal_keys())
             verdict.progress = progress
             verdict.run(checkpoint=checkpoint, since=since)
         verdict.waiting_bytes = self.journal.waiting_bytes()
