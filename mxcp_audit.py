@@ -5669,7 +5669,6 @@ SELECT segment, events FROM ({
     )
 }) SEMI JOIN (SELECT segment, digest FROM audit.ledger WHERE kind = 'segment') USING (segment, digest)"""
 INSERT_ROWS = f"INSERT INTO audit.logs BY NAME SELECT {_NAMES} FROM batch"
-CHAIN_ENDS = "SELECT journal, max(position) FROM audit.ledger GROUP BY journal"
 
 
 # --- verifying: through views of known columns and types
@@ -5719,7 +5718,6 @@ def sound_rows(
     return f"SELECT {selected} {f'FROM {table}' if types else 'WHERE false'}"
 
 
-SOUND_LOGS = "CREATE OR REPLACE TEMP VIEW sound_logs AS "
 CHAIN = f"""\
 SELECT coalesce(journal, '') AS journal, coalesce(position, 0) AS position, coalesce(kind, ''),
   coalesce(events, 0), coalesce(seal, '') AS seal, {ENTRY_HASH}
@@ -6339,13 +6337,11 @@ def scratch_folder(beside: str | None = None) -> contextlib.AbstractContextManag
     return tempfile.TemporaryDirectory(prefix="mxcp_audit-", dir=temporary_place() or beside)
 
 
-_EVENTS_WAIT = "events wait in the journal"
 _NOT_FOUND = "Audit database not found at "
 _REMEDIES: Mapping[type[StoreError], str] = {
     DatabaseLockedError: "try again when that process has closed it; events wait in the journal meanwhile",
     DatabaseCorruptError: "nothing was changed, events wait; if a newer DuckDB made it, use that one, "
     "else move it aside or restore a backup",
-    DatabaseNotFoundError: "it vanished while it was opened; try again",
     QueryError: "",
 }
 DAMAGED_WAL = "replaying WAL"
@@ -6416,14 +6412,9 @@ class Target:
         if not write:
             self.let_ingest_pass(wait)
         with contextlib.closing(self.open_engine(guest=guest)) as engine, contextlib.ExitStack() as stack:
-
-            def enter() -> None:
-                if self.is_absent():
-                    text = "correct the path, or run `ingest` if events wait"
-                    raise DatabaseNotFoundError(f"{_NOT_FOUND}{self.path}: {text}")
-                stack.enter_context(self.attached(engine, write=write))
-
-            patiently(enter, wait)
+            patiently(lambda: stack.enter_context(self.attached(engine, write=write)), wait)
+            if not write:
+                self.view_tables(engine)
             yield engine
 
     def let_ingest_pass(self, wait: float) -> None:
@@ -6433,11 +6424,11 @@ class Target:
                 return
 
     @contextlib.contextmanager
-    def attached(self, engine: Engine, *, write: bool = False) -> Iterator[None]:
-        """Attach the target as `audit`; writing makes an absent file."""
+    def attached(self, engine: Engine, *, write: bool = False, make: bool = False) -> Iterator[None]:
+        """Attach the target as `audit`, or make it."""
         with _alone_in_process(self.path) if self.is_file else contextlib.nullcontext():
             try:
-                self._attach(engine, write=write)
+                self._attach(engine, write=write, make=make)
                 is_ours = write and self.is_file and not os.path.islink(self.path)
                 with self._private_wal() if is_ours else contextlib.nullcontext():
                     yield
@@ -6449,16 +6440,19 @@ class Target:
                         engine.execute("DETACH audit")
             except BaseException as error:
                 engine.close()
-                explained = self._explained(error) if isinstance(error, StoreError) else error
-                if explained is error:
-                    raise
-                # Causes may repeat passwords.
-                raise explained from (error if self.is_file else None)
+                if isinstance(error, StoreError):
+                    error.args = (self._explained(error),)
+                    if not self.is_file:
+                        error.__cause__ = None  # it may repeat passwords
+                raise
 
-    def _attach(self, engine: Engine, *, write: bool) -> None:
+    def _attach(self, engine: Engine, *, write: bool, make: bool) -> None:
         options = self.options if write else {**self.options, "READ_ONLY": True}
         if self.is_file:
-            if write and self.is_absent():
+            if self.is_absent():
+                if not make:
+                    text = "correct the path, or run `ingest` if events wait"
+                    raise DatabaseNotFoundError(f"{_NOT_FOUND}{self.path}: {text}")
                 self._make_file(engine)
             attach(engine, self.path, "audit", options)
             return
@@ -6476,20 +6470,19 @@ class Target:
         if not write:
             engine.execute("BEGIN")
 
-    def _explained(self, error: StoreError) -> StoreError:
-        """Add name and remedy to an engine's error, and hide its secrets."""
-        text, kind = str(error), type(error)
-        remedy = _REMEDIES.get(kind, _EVENTS_WAIT)
+    def _explained(self, error: StoreError) -> str:
+        """Return an engine's message with name and remedy, and without secrets."""
+        text, remedy = str(error), _REMEDIES.get(type(error), "events wait in the journal")
         if self.is_file:
-            if kind in (StoreError, QueryError) or text.startswith(_NOT_FOUND):
-                return error  # ours, or the statement's
+            if type(error) in (StoreError, QueryError, DatabaseNotFoundError):
+                return text  # ours, or the statement's
             if DAMAGED_WAL in text:
                 wal = f"{self.path}.wal"
                 remedy = f"what we wrote there waits in the journal too: mv '{wal}' '{wal}.damaged'"
-            return kind(f"{self.path}: {text}; {remedy}")
+            return f"{self.path}: {text}; {remedy}"
         text = hide_secrets(text, self.path, self.options)
         if self.name in text:
-            return kind(text)
+            return text
         text = postgres_message(text)
         if "due to lock timeout" in text:
             catalogue = "__ducklake_metadata_audit" if self.is_lake else "audit"
@@ -6497,7 +6490,7 @@ class Target:
                 attach(engine, self.path, "audit", {**self.options, "READ_ONLY": True})
                 for (holder,) in engine.execute(LOCK_HOLDER.format(catalogue)):
                     text += f" (held by {holder})"
-        return kind(f"{self.name}: {text}{remedy and '; '}{remedy}")
+        return f"{self.name}: {text}{remedy and '; '}{remedy}"
 
     @contextlib.contextmanager
     def _private_wal(self) -> Iterator[None]:
@@ -6548,13 +6541,13 @@ class Target:
         except OSError as error:
             raise StoreError(f"{self.path}: {error.strerror}; check the path and its permissions") from error
 
-    def columns(self, engine: Engine) -> dict[str, dict[str, str]]:
-        """Return the column types of `logs` and `ledger`, if they exist."""
-        if not self._is_quack:
-            return column_types(engine)
-        columns = "column_name, column_type FROM (DESCRIBE audit."  # duckdb_columns() lists none there
-        sql = f"SELECT 'logs', {columns}logs) UNION ALL SELECT 'ledger', {columns}ledger)"
-        return column_types(engine, sql)
+    def view_tables(self, engine: Engine) -> dict[str, dict[str, str]]:
+        """Define the views `sound_logs` and `sound_ledger`; return the types of the tables' columns."""
+        sql = TABLE_TYPES
+        if self._is_quack:  # duckdb_columns() lists none there
+            columns = "column_name, column_type FROM (DESCRIBE audit."
+            sql = f"SELECT 'logs', {columns}logs) UNION ALL SELECT 'ledger', {columns}ledger)"
+        return define_views(engine, column_types(engine, sql))
 
     def oddities(self, engine: Engine) -> list[str]:
         """Return why our tables may show what nobody recorded."""
@@ -6569,16 +6562,14 @@ class Target:
         """Keep a lake's files few and large, if it is this process's turn."""
         chores = dict.fromkeys(chore for commit in self.commits for chore in lake_chores(commit))
         self.commits = []
-        if not chores:
-            return
-        others = """\
+        if chores:
+            others = """\
 SELECT 1 FROM duckdb_tables()
 WHERE database_name = 'audit' AND NOT regexp_full_match(table_name, 'logs|ledger|turn_.*')"""
-        with self.session(write=True, guest=True) as engine:
-            withheld = LAKE_CLEANING if engine.execute(others) else ()
-            for chore in chores:
-                if chore not in withheld:
-                    engine.execute(chore)
+            with self.session(write=True, guest=True) as engine:
+                for chore in chores:
+                    if not (chore in LAKE_CLEANING and engine.execute(others)):
+                        engine.execute(chore)
 
     def change_logs(self, engine: Engine, statement: str) -> None:
         """Run a statement that a foreign table may refuse."""
@@ -6592,13 +6583,13 @@ WHERE database_name = 'audit' AND NOT regexp_full_match(table_name, 'logs|ledger
 
     def create_tables(self, engine: Engine) -> None:
         """Make missing tables and columns, and what two ingests of a journal collide at."""
-        ask, present = engine.execute, self.columns(engine)
-        if "logs" not in present:
+        ask, types = engine.execute, self.view_tables(engine)
+        missing = [column for column in COLUMNS[10:] if column.name not in types["logs"]]
+        if not types["logs"]:
             ask(CREATE_LOGS)
-        for name, sql_type in COLUMNS[10:] if "logs" in present else ():
-            if name not in present["logs"]:
-                self.change_logs(engine, f"ALTER TABLE audit.logs ADD COLUMN IF NOT EXISTS {name} {sql_type}")
-        if "ledger" not in present:
+        for name, sql_type in missing if types["logs"] else ():
+            self.change_logs(engine, f"ALTER TABLE audit.logs ADD COLUMN IF NOT EXISTS {name} {sql_type}")
+        if not types["ledger"]:
             ask(CREATE_LEDGER)
             if self.is_postgres:
                 index = "INDEX IF NOT EXISTS"
@@ -6607,6 +6598,8 @@ WHERE database_name = 'audit' AND NOT regexp_full_match(table_name, 'logs|ledger
         if self.is_lake:
             turn = f"audit.turn_{self.journal.identity()}"
             ask(f"CREATE TABLE IF NOT EXISTS {turn} AS SELECT 0::BIGINT AS taken")
+        if missing or not types["ledger"]:
+            self.view_tables(engine)
 
     def signature(self) -> object:
         """Return what differs after every ingest; None while that can't be told."""
@@ -6624,11 +6617,21 @@ WHERE database_name = 'audit' AND NOT regexp_full_match(table_name, 'logs|ledger
         return stamps
 
 
-def column_types(engine: Engine, sql: str = TABLE_TYPES) -> dict[str, dict[str, str]]:
-    """Return types of columns, by table and name."""
-    types: dict[str, dict[str, str]] = {}
+_Types: TypeAlias = dict[str, dict[str, str]]  # of columns, by table and name
+
+
+def column_types(engine: Engine, sql: str) -> _Types:
+    types: _Types = {"logs": {}, "ledger": {}}
     for table, column, sql_type in engine.execute(sql):
-        types.setdefault(table, {})[column] = sql_type
+        types[table][column] = sql_type
+    return types
+
+
+def define_views(engine: Engine, types: _Types) -> _Types:
+    """Define the views `sound_logs` and `sound_ledger` of tables with these columns."""
+    for table, columns in (("logs", COLUMNS), ("ledger", LEDGER_COLUMNS)):
+        rows = sound_rows(types.get(table, {}), f"audit.{table}", columns)
+        engine.execute(f"CREATE OR REPLACE TEMP VIEW sound_{table} AS {rows}")
     return types
 
 
@@ -6767,7 +6770,6 @@ class Ledger(Target):
             raise StoreError(text + "set MXCP_AUDIT_KEY or MXCP_AUDIT_KEY_FILE")
         ask(f"CREATE OR REPLACE TEMP TABLE entries ({LEDGER_DEFINITIONS})")
         if is_ledger_empty(engine):
-            ask(SOUND_LOGS + sound_rows(self.columns(engine)["logs"]))
             days = ask(ranges("segment IS NULL"), {"size": _LEGACY_ROWS})
             entries = [*(_legacy_entries(*span) for span in days), *entries]
         for query in entries:
@@ -6806,21 +6808,20 @@ def chain_heads(engine: Engine, journal: str | None = None) -> list[Head]:
     sql = """\
 SELECT coalesce(journal, ''), max(position), coalesce(sum(events) FILTER (WHERE kind = 'segment'), 0)::BIGINT,
   coalesce(arg_max(seal, position), '')
-FROM audit.ledger WHERE $journal IS NULL OR journal = $journal GROUP BY ALL ORDER BY ALL"""
+FROM sound_ledger WHERE $journal IS NULL OR journal = $journal GROUP BY ALL ORDER BY ALL"""
     return [Head(*row) for row in engine.execute(sql, {"journal": journal})]
 
 
 def known_segments(engine: Engine, segments: Collection[str], *, kind: str = "segment") -> set[str]:
     """Return which of the segments have an entry of a kind."""
-    sql = f"SELECT segment FROM audit.ledger WHERE kind = '{kind}' AND {among('segment', segments)}"
+    sql = f"SELECT segment FROM sound_ledger WHERE kind = '{kind}' AND {among('segment', segments)}"
     return {segment for (segment,) in engine.execute(sql)} if segments else set()
 
 
-def unknown_segments(engine: Engine, paths: Sequence[str], tables: Collection[str]) -> list[str]:
-    """Return the segment files that the target's ledger lacks."""
-    ids = list(map(segment_id_of, paths))
-    known = known_segments(engine, ids) if "ledger" in tables else ()
-    return [path for path, segment in zip(paths, ids) if segment not in known]
+def unknown_segments(engine: Engine, paths: Collection[str], *, kind: str = "segment") -> list[str]:
+    """Return the files of segments, or of losses, that the ledger lacks."""
+    known = known_segments(engine, [segment_id_of(path) for path in paths], kind=kind)
+    return [path for path in paths if segment_id_of(path) not in known]
 
 
 # == Ingest ==
@@ -6937,7 +6938,7 @@ def _move(
 ) -> tuple[_Faults, set[str]]:
     """Move segments into the database; return bad lines, and the segments that were new to it."""
     faults, more, entries = _stage(engine, claims, folder), list[list[bytes]](), list[str]()
-    with target.attached(engine, write=True), target.writing(engine):
+    with target.attached(engine, write=True, make=True), target.writing(engine):
         known = known_segments(engine, [claim.id for claim in claims])
         fresh = [claim for claim in claims if claim.id not in known]
         if known:
@@ -6953,11 +6954,10 @@ def _move(
             if lines := faults.get(claim.id):
                 claim.reject(sorted(lines))
                 entries.append(entry_of("loss", len(lines), text, segment=claim.id))
-        of_writers = {segment_id_of(path): loss for path, loss in lost.items()}
-        for segment in sorted(of_writers.keys() - known_segments(engine, of_writers, kind="loss")):
-            loss = of_writers[segment]
+        for path in unknown_segments(engine, lost, kind="loss"):
+            loss = lost[path]
             text = f"{loss.reason}, between {loss.first} and {loss.last}"
-            entries.append(entry_of("loss", loss.events, text, segment=segment))
+            entries.append(entry_of("loss", loss.events, text, segment=segment_id_of(path)))
         target.take(engine, ids := [claim.id for claim in fresh], entries)
     for rest in more:  # not before the commit: after a failed one they come again
         numbered = [finish_line(_LINE_SEQ.sub(b"", line), seq) for seq, line in enumerate(rest, 1)]
@@ -7014,7 +7014,7 @@ def refuse_fatal_limit() -> None:
 #
 # Table and journal as one log, in which every event is seen once (docs/design.md).
 
-_BOTH = ("table_rows", "journal_rows")
+_BOTH = ("sound_logs", "journal_rows")
 
 
 class Reading:
@@ -7025,7 +7025,7 @@ class Reading:
         self.problem: StoreError | None = None
         self.schema: str | None = None  # in which PostgreSQL itself selects first rows
         self.oddities: list[str] = []
-        self.has_table = self.has_journal = self.has_ledger = self._is_attached = False
+        self.has_table = self.has_journal = self._is_attached = False
 
     def open(self, wait: float) -> contextlib.ExitStack:
         """Open both, or the journal alone; closing the result closes them."""
@@ -7043,30 +7043,32 @@ class Reading:
         return self._open(with_table=False)
 
     def _open(self, *, with_table: bool) -> contextlib.ExitStack:
-        target, present = self._target, dict[str, dict[str, str]]()
+        target, types = self._target, _Types()
         with contextlib.ExitStack() as stack:
-            has_file = with_table and not target.is_absent()
-            if not (has_file and target.is_file):  # no lock of DuckDB's keeps ingests out
+            self._is_attached = with_table and not target.is_absent()
+            if not (self._is_attached and target.is_file):  # no lock of DuckDB's keeps ingests out
                 is_ours = True
                 with suppress(JournalError):  # this user may only read the journal
                     is_ours = stack.enter_context(self._journal.ingest_lock(shared=True))
                 if with_table and not is_ours:
                     text = "this host's journal is being ingested; try again"
                     raise DatabaseLockedError(f"{target.name}: {text}")
-            if has_file:
+            if self._is_attached:
                 stack.enter_context(target.attached(self.engine))
-                self._is_attached = True
-                self.schema = target.schema if target.is_postgres else None
             segments = self._segments()
-            if has_file:
-                present = target.columns(self.engine)
-                self.oddities = target.oddities(self.engine)
-                if any(text.endswith(VIEW) for text in self.oddities):  # it could read any file
-                    present = {}
-                    text = "what should be a table is a view, and is not read"
-                    self.problem = StoreError(f"{target.name}: {text}")
-            self.has_ledger = "ledger" in present
-            self.open_views(present.get("logs"), unknown_segments(self.engine, segments, present))
+            if self._is_attached:
+                types, self.oddities = target.view_tables(self.engine), target.oddities(self.engine)
+            if any(text.endswith(VIEW) for text in self.oddities):  # it could read any file
+                types = {}
+                text = "what should be a table is a view, and is not read"
+                self.problem = StoreError(f"{target.name}: {text}")
+            table = define_views(self.engine, types).get("logs")
+            self.has_table = bool(table)
+            if target.is_postgres and table == dict(COLUMNS):  # it lacks what is converted
+                self.schema = target.schema
+            segments = unknown_segments(self.engine, segments)
+            self.has_journal = any(map(_size_of, segments))
+            self._define("journal_rows", journal_rows(segments, self._folder))
             return stack.pop_all()
 
     def _segments(self) -> list[str]:
@@ -7083,17 +7085,7 @@ class Reading:
         path = os.path.join(self._folder, new_segment_id(0) + SEGMENT_SUFFIX)
         if lines:
             write_file(path, lines)
-        self._define("running_rows", journal_rows([path] if lines else [], len(lines)))
-
-    def open_views(self, table: Mapping[str, str] | None, segments: Sequence[str]) -> None:
-        """Define the views `table_rows` and `journal_rows`."""
-        self.has_table = table is not None
-        if table is None or dict(COLUMNS) != table:
-            self.schema = None  # PostgreSQL lacks what is converted
-        files = combine(segments, self._folder)
-        self.has_journal = bool(files)
-        self._define("table_rows", sound_rows(table or {}))
-        self._define("journal_rows", journal_rows(files, max(map(_size_of, segments), default=0)))
+        self._define("running_rows", journal_rows([path], self._folder))
 
     def _define(self, view: str, rows: str) -> None:
         self.engine.execute(f"CREATE OR REPLACE TEMP VIEW {view} AS {rows}")
@@ -7154,11 +7146,12 @@ ORDER BY place"""
         return self.ask(Filter(), f"SELECT event_id FROM events WHERE {condition} LIMIT 3")
 
     def losses(self, since: str = "-infinity") -> list[Row]:
-        """Return when lost events were entered, how many, and why."""
+        """Return when lost events were entered, how many, and why; then those that wait for it."""
         sql = f"""\
-SELECT strftime(ingested_at, {_ISO_FORMAT}), events, coalesce(detail, '') FROM audit.ledger
+SELECT strftime(ingested_at, {_ISO_FORMAT}), events, coalesce(detail, '') FROM sound_ledger
 WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER BY ingested_at, position"""
-        return self.engine.execute(sql, {"since": since}) if self.has_ledger else []
+        waiting = [("not yet", loss.events, str(loss)) for loss in self._journal.losses().values()]
+        return self.engine.execute(sql, {"since": since}) + waiting
 
     def query(self, statement: str) -> tuple[list[str], Iterator[Row]]:
         """Run one SELECT over the view `logs` and return its column names and its rows.
@@ -7270,12 +7263,12 @@ def _postgres_rows(schema: str, where: str, count: int, way: str) -> str:
     return f"(SELECT * FROM postgres_query('audit', {sql_literal(query)}))"
 
 
-def journal_rows(files: Sequence[str], size: int) -> str:
-    """Return the SELECT of the events in files of up to `size` bytes."""
-    longest = max(LONGEST_LINE, size + 1)
-    return (
-        bind(JOURNAL_ROWS, {"files": files, "longest": longest, "lenient": True}) if files else sound_rows({})
-    )
+def journal_rows(segments: Sequence[str], folder: str) -> str:
+    """Return the SELECT of the events in segments, which may be combined in `folder`."""
+    if not (files := combine(segments, folder)):
+        return sound_rows({})
+    longest = max(LONGEST_LINE, *(_size_of(path) + 1 for path in segments))
+    return bind(JOURNAL_ROWS, {"files": files, "longest": longest, "lenient": True})
 
 
 # == Evidence ==
@@ -7322,23 +7315,14 @@ def runs_of(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
         yield first, first + len(rest)
 
 
-def view_tables(engine: Engine) -> dict[str, dict[str, str]]:
-    """Define the views `sound_logs` and `sound_ledger`; return the tables' column types."""
-    columns = {"logs": {}, "ledger": {}, **column_types(engine)}
-    engine.execute(SOUND_LOGS + sound_rows(columns["logs"]))
-    rows = sound_rows(columns["ledger"], "audit.ledger", LEDGER_COLUMNS)
-    engine.execute(f"CREATE OR REPLACE TEMP VIEW sound_ledger AS {rows}")
-    return columns
-
-
 class Taken(NamedTuple):
     """What a purge says that it took: entries; in the form of 0.1, the old ones of their events."""
 
-    is_old: bool = True
-    before: int = 0
-    spans: Sequence[tuple[str, int, int]] = ()  # of a chain, from and to
-    kept: Sequence[tuple[str, int, str]] = ()  # by an old one, of a segment: how many events, their digest
-    wrong: Sequence[tuple[str, int, int]] = ()  # segment, events found, events entered
+    is_old: bool
+    before: int
+    spans: list[tuple[str, int, int]]  # of a chain, from and to
+    kept: Sequence[tuple[str, int, str]]  # by an old one, of a segment: how many events, their digest
+    wrong: list[tuple[str, int, int]]  # segment, events found, events entered
 
 
 def taken_by(detail: str | None) -> Taken | None:
@@ -7411,7 +7395,7 @@ class Verdict:
 
     def open(self, checkpoint: Sequence[Head] = ()) -> bool:
         """Check the tables' form, the chains and the purges; False if there is no ledger."""
-        types = view_tables(self._engine)
+        types = self._target.view_tables(self._engine)
         has_ledger = bool(types["ledger"] or "segment" in types["logs"])
         for text in self._target.oddities(self._engine):
             self._add("table", text)
@@ -7470,38 +7454,38 @@ class Verdict:
 
     def _read_purges(self, *, has_checkpoint: bool) -> None:
         """Compare each believed purge with the entries that it names."""
-        purges: list[tuple[int, dict[str, Any], Taken, str]] = []
+
+        def fault(text: str) -> None:
+            text = f"purge {entry['position']} of journal {entry['journal']} {text}"
+            self._add("chain", text, journal=entry["journal"])
+
+        purges: list[tuple[int, dict[str, Any], Taken]] = []
         for number, (*values, detail) in enumerate(self._ask(PURGES)):
             entry = dict(zip(("moment", "host", "events", "journal", "position"), values))
-            if (entry["journal"], entry["position"]) in self.doubted:
-                continue
             is_newer = entry["position"] > self._covered.get(entry["journal"], 0)
-            taken, text = taken_by(detail), ""
-            if taken is None:
-                text = "can't be read"
+            if (entry["journal"], entry["position"]) in self.doubted:
+                pass
+            elif (taken := taken_by(detail)) is None:
+                fault("can't be read")
             elif taken.kept and is_newer and has_checkpoint and not self._keys:
-                text = "kept parts of segments, as earlier versions did, but is newer than the checkpoint"
-                taken = None
+                fault("kept parts of segments, as earlier versions did, but is newer than the checkpoint")
             else:
                 self.purged += entry["events"]
                 self.purges += [entry] * is_newer
-            purges.append((number, entry, taken or Taken(), text))
-        spans = [(number, *taken[:2], *span) for number, _, taken, _ in purges for span in taken.spans]
-        kept = [(number, *left) for number, _, taken, _ in purges for left in taken.kept]
+                purges.append((number, entry, taken))
+        spans = [(number, *taken[:2], *span) for number, _, taken in purges for span in taken.spans]
+        kept = [(number, *left) for number, _, taken in purges for left in taken.kept]
         spans_sql = "number BIGINT, is_old BOOLEAN, before BIGINT, journal VARCHAR, low BIGINT, high BIGINT"
         kept_sql = "number BIGINT, segment VARCHAR, events BIGINT, digest VARCHAR"
         self._ask(GONE.format(spans=listed(spans_sql, spans), kept=listed(kept_sql, kept)))
         sums = "least(sum(held), 2::HUGEINT**62)::BIGINT, bool_and(is_past)"
         rows = self._ask(f"SELECT number, {sums} FROM gone GROUP BY number")
         named = {number: rest for number, *rest in rows}
-        for number, entry, taken, text in purges:
+        for number, entry, taken in purges:
             held, is_past = named.get(number, (0, True))
             held += sum(found - entered for _, found, entered in taken.wrong)
             if not taken.is_old and not (is_past and held == entry["events"]):
-                text = f"took {entry['events']} events by its own words, but names {held}, or younger ones"
-            if text:
-                text = f"purge {entry['position']} of journal {entry['journal']} {text}"
-                self._add("chain", text, journal=entry["journal"])
+                fault(f"took {entry['events']} events by its own words, but names {held}, or younger ones")
             for segment, found, _ in taken.wrong:
                 text = f"segment {segment} was not as recorded when it was purged: {counted(found, 'event')}"
                 self._add("changed", text, segment=segment)
@@ -7552,7 +7536,6 @@ class Verdict:
 
 def plain_seals(engine: Engine) -> dict[str, str]:
     """Return the end of each journal's chain as if sealed without a key."""
-    view_tables(engine)
     seals: dict[str, str] = {}
     for name, *_, row in engine.stream(CHAIN):
         seals[name] = make_seal(seals.get(name, ""), row, None)
@@ -7561,7 +7544,6 @@ def plain_seals(engine: Engine) -> dict[str, str]:
 
 def prove(engine: Engine, event_id: str) -> dict[str, Any]:
     """Do what `Store.prove` says; docs/security.md describes the form."""
-    view_tables(engine)
     segment, _, seq = event_id.rpartition(":")
     asked = {"segment": segment, "seq": int(seq) if seq.isdecimal() else -1}
 
@@ -7798,18 +7780,17 @@ def _merge(path: str, place: str, mine: Target) -> tuple[int, int]:
         ask = engine.execute
         attach(engine, place, "ours", {**mine.options, "READ_ONLY": True})
         present = column_types(engine, TABLE_TYPES.replace("'audit'", "'ours'"))
-        rows = sound_rows(present.get("logs", {}), "ours.logs")
+        rows = sound_rows(present["logs"], "ours.logs")
         unknown = "segment NOT IN (SELECT coalesce(segment, '') FROM audit.ledger WHERE kind = '{}')"
         unknown += " AND segment IS NOT NULL"
         with target.writing(engine):
-            if {"logs", "ledger"} <= present.keys():
+            if all(present.values()):
                 ask(f"CREATE OR REPLACE TEMP TABLE batch AS {rows} WHERE {unknown.format('segment')}")
                 segments = [segment for (segment,) in ask("SELECT DISTINCT segment FROM batch")]
                 losses = "SELECT events, detail, segment FROM ours.ledger WHERE kind = 'loss' AND "
                 lost = ask(losses + unknown.format("loss"))
                 target.take(engine, segments, [entry_of("loss", *loss, segment=each) for *loss, each in lost])
-            now = sound_rows(target.columns(engine)["logs"])
-            ((missing,),) = ask(f"SELECT count(*) FROM ({rows} EXCEPT ALL {now})")
+            ((missing,),) = ask(f"SELECT count(*) FROM ({rows} EXCEPT ALL SELECT * FROM sound_logs)")
             if missing:
                 text = f"{place} holds {counted(missing, 'row')} that would be lost; "
                 raise StoreError(f"{text}move it and its .wal aside to restore without them")
@@ -7827,8 +7808,8 @@ def _copy_database(engine: Engine, target: Target, folder: str) -> str:
         engine.execute(statement)
     sync_file(path)
     attach(engine, path, "fresh", {**target.options, "READ_ONLY": True})
-    for table in target.columns(engine):
-        if engine.execute(SAME_CONTENT[table]) != [(True,)]:
+    for table, columns in target.view_tables(engine).items():
+        if columns and engine.execute(SAME_CONTENT[table]) != [(True,)]:
             raise StoreError(f"{path}: the copy of {table} differs; nothing was changed, look at the disk")
     engine.execute("DETACH fresh")
     return path
@@ -7952,28 +7933,19 @@ class Store:
                 running = journal.running()
                 reading.open_running(running)
                 if not (reading.has_table or reading.has_journal or running or reading.problem):
-                    text = (
-                        "Either audit logging is not enabled for the profile, or no events have been logged "
-                    )
-                    text = f"{text}yet (the database is created on first write)."
-                    raise DatabaseNotFoundError(f"{_NOT_FOUND}{target.name}. {text}")
+                    text = "audit logging is not enabled for the profile, or no events have been logged yet"
+                    raise DatabaseNotFoundError(f"{_NOT_FOUND}{target.name}: {text}")
                 for text in reading.oddities:
                     self._diagnostics.report("table", f"{text}; what is shown may not be what was recorded")
                 yield reading
-
-    def losses(self, reading: Reading) -> list[tuple[int, str]]:
-        """Return how many events were lost in the last 30 days, and why."""
-        found = [(events, detail) for _, events, detail in reading.losses(month_ago())]
-        return found + [(loss.events, str(loss)) for loss in self.journal.losses().values()]
 
     def imported(self, segment_id: str) -> tuple[int, str] | None:
         """Return the number of a segment's ingested events and the time of the last, or None."""
         sql = """\
 SELECT events, strftime(last_event, '%Y-%m-%d %H:%M:%S.%f')
-FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
+FROM sound_ledger WHERE kind = 'segment' AND segment = $segment"""
         with suppress(DatabaseNotFoundError), self.target.session() as engine:
-            if "ledger" in self.target.columns(engine):
-                return next(iter(engine.execute(sql, {"segment": segment_id})), None)
+            return next(iter(engine.execute(sql, {"segment": segment_id})), None)
         return None
 
     def verify(
@@ -7989,9 +7961,8 @@ FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
         The chains must lead through the heads of a `checkpoint`. Of segments before `since`, naive UTC, only
         the chain is recomputed. `progress` is called with the events done and their total.
         """
-        keys = seal_keys()
         with self.target.session(wait) as engine:
-            verdict = Verdict(engine, self.target, keys)
+            verdict = Verdict(engine, self.target, seal_keys())
             verdict.progress = progress
             verdict.run(checkpoint=checkpoint, since=since)
         verdict.waiting_bytes = self.journal.waiting_bytes()
@@ -8005,8 +7976,7 @@ FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
     def checkpoint(self, *, wait: float = 5.0) -> dict[str, Any]:
         """Return the heads for JSON, with seals for those who have no key."""
         with self.target.session(wait) as engine:
-            heads = chain_heads(engine) if "ledger" in self.target.columns(engine) else []
-            plain = plain_seals(engine)
+            heads, plain = chain_heads(engine), plain_seals(engine)
         journals = [{**head._asdict(), "plain": plain.get(head.journal)} for head in heads]
         return {"time": iso_time(microseconds(sql_time(utc_now()))), "journals": journals}
 
@@ -8054,8 +8024,7 @@ FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
         with _scratch(place, f"{path} can't be written") as scratch:
             with target.session(wait) as engine:
                 copy = _copy_database(engine, target, scratch)
-                waiting = unknown_segments(engine, self.journal.segments(), target.columns(engine))
-                events = _take_in(waiting, copy, target)
+                events = _take_in(unknown_segments(engine, self.journal.segments()), copy, target)
             _put_in_place(copy, place)
         return events
 
@@ -8070,7 +8039,7 @@ FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
         source = Target(Config(os.path.abspath(path), attach=target.options), old)
         with self._alone(wait), _scratch(place, f"{place} can't be restored", name="restore") as scratch:
             with source.session(wait) as engine:
-                if "logs" not in source.columns(engine):
+                if not source.view_tables(engine)["logs"]:
                     raise StoreError(f"{path} holds no audit log; name a copy that `backup` made")
                 copy = _copy_database(engine, source, scratch)
             events = _take_in(old.segments(), copy, target)
@@ -8143,7 +8112,7 @@ FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
 
 
 # == Follow ==
-# depends on: Errors, Events, Journal, SQL, Engines, Target, Reading, Operations
+# depends on: Errors, Events, Journal, SQL, Engines, Target, Ledger, Reading, Operations
 #
 # New events as they come, by position in the ledger and in the segments that it lacks: late ingests, other
 # hosts and clocks that jump lose nothing.
@@ -8155,10 +8124,10 @@ _TAILS = "wanted VARCHAR, tail BIGINT"
 _ORDER = "ORDER BY ingested_at, journal, position"
 _NEW_ENTRIES = f"""\
 CREATE OR REPLACE TEMP TABLE entries AS
-SELECT *, count(*) OVER () AS waiting
+SELECT *
 FROM (SELECT journal, position, kind, segment, coalesce(events, 0) AS events, coalesce(detail, '') AS detail,
         coalesce(t.tail, 0) AS tail, ingested_at
-      FROM audit.ledger
+      FROM sound_ledger
       LEFT JOIN ({{positions}}) ON known = journal LEFT JOIN ({{tails}}) AS t ON wanted = segment
       WHERE position > coalesce(last, 0) AND ingested_at >= {{since}}::TIMESTAMP
       {_ORDER} LIMIT {_LOOK_ENTRIES})
@@ -8193,7 +8162,7 @@ class Follower:
         self._sizes: dict[str, int] = {}
         self._since = "0001-01-01 00:00:00"  # when entries must have been made to count
         self._signature: object = None
-        self.is_behind = False  # the last look left entries of the ledger to the next
+        self.is_behind = False  # the next look may find more in the ledger at once
         self._engine = store.target.open_engine()
         self.close = self._engine.close
 
@@ -8201,9 +8170,9 @@ class Follower:
         """Count everything in an open log as seen."""
         if reading.problem is not None:  # of the ledger, only what is entered later is new
             self._since = sql_time(utc_now())
-        elif reading.has_ledger:
+        else:
             self._signature = self._target.signature()
-            self._positions = dict(reading.engine.execute(CHAIN_ENDS))
+            self._positions = {head.journal: head.position for head in chain_heads(reading.engine)}
         if reading.has_journal:
             reading.freeze_journal()  # so that later queries show nothing that isn't counted here
             ends = reading.engine.execute("SELECT segment, max(seq) FROM journal_rows GROUP BY segment")
@@ -8215,10 +8184,10 @@ class Follower:
 
     def look(self, *, wait: float = 0.0) -> list[Row]:
         """Return new matching events, oldest first, not too many at once."""
-        signature, rows = self._target.signature(), []
+        signature, rows = self._target.signature(), list[Row]()
+        self.is_behind = False
         if signature is None or signature != self._signature:
-            later = (DatabaseNotFoundError,) if wait else (DatabaseNotFoundError, DatabaseLockedError)
-            with suppress(*later):
+            with suppress(DatabaseNotFoundError, *(() if wait else (DatabaseLockedError,))):
                 rows = patiently(self._new_table_rows, wait)
         return rows if rows or self.is_behind else self._new_lines()
 
@@ -8234,24 +8203,21 @@ class Follower:
 
     def _new_table_rows(self) -> list[Row]:
         """Return what was entered since the last look, and not seen in the journal."""
-        target, ask = self._target, self._engine.execute
+        target, ask, rows = self._target, self._engine.execute, list[Row]()
         positions = listed("known VARCHAR, last BIGINT", self._positions.items())
-        tails, since = listed(_TAILS, self._tails.items()), sql_literal(self._since)
-        entries, rows = list[Row](), list[Row]()
+        tails = listed(_TAILS, self._tails.items())
         with target.attached(self._engine):
             signature = target.signature()  # nobody can ingest now
-            present = target.columns(self._engine)
-            if "ledger" in present:
-                ask(_NEW_ENTRIES.format(positions=positions, tails=tails, since=since))
-                entries = ask("SELECT journal, position, kind, segment, waiting FROM entries")
+            target.view_tables(self._engine)
+            ask(_NEW_ENTRIES.format(positions=positions, tails=tails, since=sql_literal(self._since)))
+            entries = ask("SELECT journal, position, kind, segment FROM entries")
             if entries:
-                rows = self._matching(sound_rows(present.get("logs", {})), _ENTERED)
-        for journal, position, kind, segment, _ in entries:
+                rows = self._matching("SELECT * FROM sound_logs", _ENTERED)
+        for journal, position, kind, segment in entries:
             self._positions[journal] = max(position, self._positions.get(journal, 0))
             if kind == "segment":
                 self._tails[segment] = _SETTLED
-        self.is_behind = bool(entries) and (len(entries) < entries[0][-1] or entries[0][-1] == _LOOK_ENTRIES)
-        self._signature = None if self.is_behind else signature
+        self.is_behind, self._signature = bool(entries), None if entries else signature
         return rows
 
     def _new_lines(self) -> list[Row]:
@@ -8266,8 +8232,7 @@ class Follower:
         tails = listed(_TAILS, [(each, self._tails.get(each, 0)) for each in grown])
         try:
             with scratch_folder(self._journal.directory) as folder:
-                rows = journal_rows(combine(files, folder), max(sizes[each] for each in grown))
-                matching = self._matching(rows, tails)
+                matching = self._matching(journal_rows(files, folder), tails)
         except QueryError:
             if all(map(os.path.exists, files)):
                 raise
@@ -8292,25 +8257,21 @@ class Follower:
 # What `doctor` looks at; it changes nothing.
 
 
+_LITTLE_SPACE_BYTES = 256 * 2**20
 _Report: TypeAlias = dict[str, Any]
 _Faulty: TypeAlias = Iterator[tuple[str, str]]  # problem and remedy
 
 
-class Checkup:
-    """The state of a log: `report`, an object for JSON, and `faults`."""
-
-    _LITTLE_SPACE_BYTES = 256 * 2**20
-
-    def __init__(self, config: Config, *, wait: float) -> None:
-        self.faults: list[dict[str, str]] = []
-        self.report: _Report = {"healthy": False, "faults": self.faults, "profile": config.profile}
-        for problem, remedy in _examine(self.report, config, Store(config), wait):
-            self.faults.append({"problem": problem, "remedy": remedy})
-        self.report["healthy"] = not self.faults
+def check_up(config: Config, *, wait: float) -> _Report:
+    """Return the state of a log and its faults, for JSON."""
+    report: _Report = {"healthy": False, "faults": [], "profile": config.profile, "engine": None}
+    faults = _examine(report, config, Store(config), wait)
+    report["faults"] = [{"problem": problem, "remedy": remedy} for problem, remedy in faults]
+    report["healthy"] = not report["faults"]
+    return report
 
 
 def _examine(report: _Report, config: Config, store: Store, wait: float) -> _Faulty:
-    report["engine"] = None
     if not config.enabled:
         text = f"audit logging is not enabled for profile {config.profile!r}"
         yield text, "set `enabled: true` in its `audit` section"
@@ -8322,8 +8283,7 @@ def _examine(report: _Report, config: Config, store: Store, wait: float) -> _Fau
     except StoreError as error:
         yield str(error), "pip install duckdb; events wait in the journal meanwhile"
     if store.target.is_file:
-        others = 0o007 if config.group else 0o077
-        yield from _examine_files(report, store.target.path, store.journal.directory, others)
+        yield from _examine_files(report, config.path, store.journal.directory, 0o7 if config.group else 0o77)
 
 
 def _examine_database(report: _Report, store: Store, wait: float) -> _Faulty:
@@ -8333,7 +8293,7 @@ def _examine_database(report: _Report, store: Store, wait: float) -> _Faulty:
             if reading.problem is not None:
                 raise reading.problem
             state["readable"] = reading.has_table
-            ((state["events"],),) = reading.engine.execute("SELECT count(*) FROM table_rows")
+            ((state["events"],),) = reading.engine.execute("SELECT count(*) FROM sound_logs")
             for text in reading.oddities:
                 yield f"{text}: what is shown may not be what was recorded", "see what `verify` finds"
             for row in reading.running(Filter(min_ms=3_600_000)):
@@ -8346,7 +8306,7 @@ def _examine_database(report: _Report, store: Store, wait: float) -> _Faulty:
             if count:
                 text = f"{counted(count, 'call')} refused in 30 days, as no record could be made: {last}"
                 yield text, "make room, or mend the journal's disk"
-            for _, text in store.losses(reading):
+            for *_, text in reading.losses(month_ago()):
                 yield f"events were lost: {text}", "mend the reason; it is shown for 30 days"
     except DatabaseNotFoundError:
         state["events"] = 0  # nothing was logged yet: no fault
@@ -8386,7 +8346,7 @@ def _examine_files(report: _Report, database: str, journal: str, others: int) ->
     for path in {os.path.dirname(database), os.path.dirname(journal)}:
         with suppress(OSError):
             free = space[path] = shutil.disk_usage(path).free
-            if free < Checkup._LITTLE_SPACE_BYTES:
+            if free < _LITTLE_SPACE_BYTES:
                 yield f"only {free >> 20} MiB are free in {path}", "make room, or set `retention`"
 
 
@@ -9917,7 +9877,7 @@ def cmd_log(args: Args) -> None:
         if problem:
             problem.args = (f"only events of the journal are shown: {problem}",)
             raise problem
-        if lost := sum(count for count, _ in store.losses(reading)):
+        if lost := sum(count for _, count, _ in reading.losses(month_ago())):
             _say(f"{counted(lost, 'event')} lost in the last 30 days: see `doctor`")
 
 
@@ -10233,20 +10193,20 @@ def cmd_import(args: Args) -> int:
 
 
 def cmd_doctor(args: Args) -> int:
-    checkup = Checkup(_config_of(args), wait=args.wait)
+    report = check_up(_config_of(args), wait=args.wait)
     if args.json:
-        _print_json(checkup.report)
+        _print_json(report)
     elif args.prometheus:
-        _print("\n".join(prometheus_text(checkup.report)))
+        _print("\n".join(prometheus_text(report)))
     else:
-        for part, state in checkup.report.items():
+        for part, state in report.items():
             if isinstance(state, dict):
                 text = ", ".join(f"{key} {value}" for key, value in state.items() if value is not None)
                 _print(f"{part}: {text}")
-        for fault in checkup.faults:
+        for fault in report["faults"]:
             _print("fault: {problem}; remedy: {remedy}".format(**fault))
-        _print("not healthy" if checkup.faults else "healthy")
-    return EXIT_FAILED if checkup.faults else 0
+        _print("healthy" if report["healthy"] else "not healthy")
+    return 0 if report["healthy"] else EXIT_FAILED
 
 
 def cmd_report(args: Args) -> None:

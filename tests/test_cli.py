@@ -873,7 +873,7 @@ def test_docs_page_has_the_options_of_every_command(tmp_path: Path) -> None:
 def test_doctor_says_in_words_what_is_and_what_to_do(
     filled: Path, run: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mxcp_audit.Checkup, "_LITTLE_SPACE_BYTES", 0)
+    monkeypatch.setattr(mxcp_audit, "_LITTLE_SPACE_BYTES", 0)
     done = run("doctor", *DB)
     assert done.returncode == 0 and done.stdout.endswith("\nhealthy\n")
     assert re.search(r"^database: path .*log.duckdb, readable True, events 3$", done.stdout, re.MULTILINE)

@@ -259,7 +259,7 @@ class Tamperer:
         self, kind: str, segment: str | None, digested: str, detail: str | None, events: str = "events"
     ) -> None:
         """Append an entry to a journal's chain, or to one of its own, over a query of `digests`."""
-        journals = self.engine.execute(m.CHAIN_ENDS)
+        journals = self.engine.execute(CHAIN_ENDS)
         journal, last = self.random.choice([*journals, ("f" * 16, 0)])
         sql = "SELECT max(seal) FROM audit.ledger WHERE journal = $journal AND position = $position"
         ((previous,),) = self.engine.execute(sql, {"journal": journal, "position": last})
@@ -315,7 +315,7 @@ class Tamperer:
         segment, journal, position, events, last = self.segment()
         self.do(f"UPDATE audit.logs SET name = name || 'x' WHERE segment = {m.sql_literal(segment)}")
         ((left,),) = self.engine.execute(f"SELECT digest::VARCHAR FROM ({self.digested(segment)})")
-        heads = dict(self.engine.execute(m.CHAIN_ENDS))
+        heads = dict(self.engine.execute(CHAIN_ENDS))
         detail = {"before": last, "heads": heads, "left": {segment: [events, left]}, "wrong": {}}
         self.enter("purge", None, self.digested(segment), json.dumps(detail), events="0")
 
@@ -352,6 +352,7 @@ class Tamperer:
             self.do(f"UPDATE audit.ledger SET seal = {m.sql_literal(seal)} WHERE {here} = {place}")
 
 
+CHAIN_ENDS = "SELECT journal, max(position) FROM audit.ledger GROUP BY journal"
 STATE = """\
 SELECT (SELECT md5(string_agg(x::VARCHAR, '' ORDER BY x::VARCHAR)) FROM audit.logs x)::VARCHAR,
        (SELECT md5(string_agg(x::VARCHAR, '' ORDER BY x::VARCHAR)) FROM audit.ledger x)::VARCHAR"""

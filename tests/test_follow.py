@@ -251,6 +251,19 @@ def test_follower_look_that_fails_loses_no_line_that_it_read(
     follower.close()
 
 
+def test_follower_behind_a_database_that_others_hold_does_not_spin(logger: AuditLogger, store: Store) -> None:
+    logger.log_event("cli", "tool", "old")
+    logger.flush()
+    follower = started(store)
+    logger.log_event("cli", "tool", "new")
+    logger.shutdown()
+    assert names(follower.look()) == ["new"] and follower.is_behind  # more may be in the ledger
+    with held_database(Path(store.target.path)):
+        assert follower.look() == [] and not follower.is_behind
+    assert follower.look() == [] and not follower.is_behind
+    follower.close()
+
+
 def test_follower_half_written_line_waits_for_its_end(
     tmp_path: Path, logger: AuditLogger, store: Store
 ) -> None:

@@ -225,7 +225,7 @@ with Store(load_config()).reading(wait=60) as reading:
     rows = reading.engine.execute(
         "SELECT count(*)::BIGINT AS a, count(DISTINCT segment || ':' || seq)::BIGINT AS b, "
         "count(DISTINCT input_json)::BIGINT AS c "
-        "FROM (FROM table_rows UNION ALL BY NAME FROM journal_rows)")
+        "FROM (FROM sound_logs UNION ALL BY NAME FROM journal_rows)")
     entries = [] if not reading.has_table else reading.engine.execute(
         "SELECT count(*)::BIGINT AS a, count(DISTINCT segment)::BIGINT AS b, "
         "count(DISTINCT journal)::BIGINT AS c, sum(events)::BIGINT AS d "
@@ -238,7 +238,7 @@ WATCH = """
 import json, os, time
 from mxcp_audit import DatabaseLockedError, DatabaseUnreachableError, Store, load_config
 count = ("SELECT count(*)::BIGINT AS a, count(DISTINCT segment || ':' || seq)::BIGINT AS b "
-         "FROM (FROM table_rows UNION ALL BY NAME FROM journal_rows)")
+         "FROM (FROM sound_logs UNION ALL BY NAME FROM journal_rows)")
 reads = twice = 0
 while not os.path.exists("stop"):
     try:
@@ -370,7 +370,7 @@ with Store(load_config()).reading() as reading:
     rows = [row[1:-1] for row in reading.rows(Filter(), count=None, oldest_first=True)]
     kinds = reading.engine.execute(
         "SELECT DISTINCT typeof(timestamp)::VARCHAR AS a, typeof(duration_ms)::VARCHAR AS b, "
-        "typeof(seq)::VARCHAR AS c, typeof(input_json)::VARCHAR AS d FROM table_rows")
+        "typeof(seq)::VARCHAR AS c, typeof(input_json)::VARCHAR AS d FROM sound_logs")
 print(json.dumps([rows, kinds]))
 """
 
@@ -899,7 +899,7 @@ def test_log_with_db_reads_a_target_without_any_site_file_until_it_is_dropped(
     assert sorted(file.name for file in elsewhere.folder.iterdir()) == ["mxcp-site.yml"]
     server.sql("DROP TABLE logs", host.database)
     gone = host.cli("log")
-    assert gone.returncode == 1 and gone.stderr.rstrip().endswith("(the database is created on first write).")
+    assert gone.returncode == 1 and gone.stderr.rstrip().endswith("no events have been logged yet")
 
 
 def test_follow_of_a_target_without_a_log_waits_and_shows_no_secret(make_host: Make) -> None:

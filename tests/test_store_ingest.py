@@ -105,7 +105,7 @@ def test_ingest_loss_is_entered_once(db: Path, engine: str) -> None:
     store.ingest()
     assert judge(db).losses == 7 and not journal.losses()
     with store.reading() as reading:
-        ((count, detail),) = store.losses(reading)
+        ((_, count, detail),) = reading.losses()
     assert count == 7 and "2026-01-31 12:00:09" in detail and "full" in detail
 
 
@@ -238,10 +238,10 @@ def test_reading_before_the_first_ingest_keeps_the_segments_in_place(db: Path) -
 def test_doctor_healthy_log_is_healthy(db: Path, engine: str) -> None:
     segment(db, "x")
     store_of(db).ingest()
-    checkup = mxcp_audit.Checkup(mxcp_audit.config_from_arguments(path=str(db)), wait=1)
-    space = [fault for fault in checkup.faults if "MiB are free" in fault["problem"]]
-    assert checkup.faults == space
-    assert checkup.report["database"]["events"] == 1 and checkup.report["engine"]["name"] == engine
+    report = mxcp_audit.check_up(mxcp_audit.config_from_arguments(path=str(db)), wait=1)
+    space = [fault for fault in report["faults"] if "MiB are free" in fault["problem"]]
+    assert report["faults"] == space
+    assert report["database"]["events"] == 1 and report["engine"]["name"] == engine
 
 
 def test_doctor_names_every_fault_with_its_remedy(db: Path) -> None:
@@ -250,8 +250,8 @@ def test_doctor_names_every_fault_with_its_remedy(db: Path) -> None:
     os.chmod(db, 0o644)
     waiting = segment(db, "waiting")
     os.utime(waiting, (0, 0))
-    checkup = mxcp_audit.Checkup(mxcp_audit.config_from_arguments(path=str(db), enabled=False), wait=1)
-    text = "\n".join(fault["problem"] for fault in checkup.faults)
+    report = mxcp_audit.check_up(mxcp_audit.config_from_arguments(path=str(db), enabled=False), wait=1)
+    text = "\n".join(fault["problem"] for fault in report["faults"])
     for sign in (
         "not enabled",
         "open to other users",
@@ -260,20 +260,20 @@ def test_doctor_names_every_fault_with_its_remedy(db: Path) -> None:
         "events were lost",
     ):
         assert sign in text
-    assert all(fault["remedy"] for fault in checkup.faults) and not checkup.report["healthy"]
+    assert all(fault["remedy"] for fault in report["faults"]) and not report["healthy"]
     assert path.with_suffix(".rejected").exists()
 
 
 def said_by_doctor(db: Path) -> tuple[dict[str, Any], str]:
-    checkup = mxcp_audit.Checkup(mxcp_audit.config_from_arguments(path=str(db)), wait=0)
-    assert all(fault["remedy"] for fault in checkup.faults)
-    return checkup.report, "\n".join(fault["problem"] for fault in checkup.faults)
+    report = mxcp_audit.check_up(mxcp_audit.config_from_arguments(path=str(db)), wait=0)
+    assert all(fault["remedy"] for fault in report["faults"])
+    return report, "\n".join(fault["problem"] for fault in report["faults"])
 
 
 def test_doctor_of_a_log_that_was_never_written_finds_nothing_wrong(
     db: Path, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mxcp_audit.Checkup, "_LITTLE_SPACE_BYTES", 0)
+    monkeypatch.setattr(mxcp_audit, "_LITTLE_SPACE_BYTES", 0)
     report, faults = said_by_doctor(db)
     assert report["healthy"] and report["database"]["events"] == 0 and not faults
 

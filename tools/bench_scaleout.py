@@ -152,7 +152,7 @@ def simulate(server: Postgres, folder: Path, count: int, seconds: float) -> None
             while list((host / "logs.journal").glob("*.jsonl")):
                 ingest_by_child(host)
         with Store(configs[hosts[0]]).reading() as reading:
-            ((rows,),) = reading.engine.execute("SELECT count(*)::BIGINT AS n FROM table_rows")
+            ((rows,),) = reading.engine.execute("SELECT count(*)::BIGINT AS n FROM sound_logs")
         assert rows == 50 * len(ingests) + 1, (rows, len(ingests))
         times = sorted(1000 * took for _, took, _ in ingests)
         p95 = times[len(times) * 95 // 100]

@@ -96,7 +96,7 @@ def kill_points(template: Path, arguments: list[str]) -> list[tuple[str, int]]:
 
 def events_of(database: Path) -> list[tuple[str, int]]:
     with store_of(database).reading() as reading:
-        both = "(FROM table_rows UNION ALL BY NAME FROM journal_rows)"
+        both = "(FROM sound_logs UNION ALL BY NAME FROM journal_rows)"
         rows = reading.engine.execute(f"SELECT segment::VARCHAR, seq::BIGINT FROM {both}")
         return [(segment, seq) for segment, seq in rows]
 
