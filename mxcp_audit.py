@@ -5874,21 +5874,16 @@ PUBLIC_COLUMNS = (*(column.name for column in COLUMNS[:-2]), "event_id")
 EVENT_ID = "segment || ':' || seq::VARCHAR"
 
 
-def public_select(**more: bool) -> str:
-    """Return `public_values` as the SELECT list of every output."""
-    return ", ".join(f"{value} AS {name}" for name, value in public_values(**more))
-
-
-def public_values(*, typed: bool = False, harmless: bool = False) -> Iterator[tuple[str, str]]:
-    """Yield the public columns with their SQL, whose values both engines return alike."""
-    formula = sql_literal(FORMULA)
-    for name in PUBLIC_COLUMNS:
-        value = f"({EVENT_ID})" if name == "event_id" else name
-        if name == "timestamp":
-            value = value if typed else f"strftime(timestamp, {_ISO_FORMAT})"
-        elif harmless and name not in ("duration_ms", "result_bytes"):
-            value = f"CASE WHEN regexp_matches({value}, {formula}) THEN '''' || {value} ELSE {value} END"
-        yield name, value
+def public_select(form: str = "{1} AS {0}", *, typed: bool = False, harmless: bool = False) -> str:
+    """Return the public columns as a SELECT list, whose values both engines return alike."""
+    values = {name: name for name in PUBLIC_COLUMNS} | {"event_id": f"({EVENT_ID})"}
+    for name, value in values.items() if harmless else ():
+        if name not in ("timestamp", "duration_ms", "result_bytes"):
+            match = f"regexp_matches({value}, {sql_literal(FORMULA)})"
+            values[name] = f"CASE WHEN {match} THEN '''' || {value} ELSE {value} END"
+    if not typed:
+        values["timestamp"] = f"strftime(timestamp, {_ISO_FORMAT})"
+    return ", ".join(itertools.starmap(form.format, values.items()))
 
 
 # --- exports, figures, and SQL of a person's own
@@ -8518,35 +8513,27 @@ def pad(text: str, width: int, *, right: bool = False) -> str:
     return blanks + text if right else text + blanks
 
 
-def takes_unicode(file: TextIO) -> bool:
-    return (file.encoding or "utf-8").lower().startswith("utf")
-
-
-def _write(file: TextIO, line: str) -> None:
-    """Write a line; what the file's encoding lacks as escapes."""
-    encoding = file.encoding or "utf-8"
-    file.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+def escaped(error: UnicodeError) -> tuple[str, int]:
+    """Return what an encoding lacks as escapes, which JSON knows too."""
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
 
 
 def write_text(file: TextIO, text: str) -> None:
-    for line in text.split("\n"):
-        _write(file, printable(line))
+    file.writelines(printable(line) + "\n" for line in text.split("\n"))
 
 
 # --- data: JSON and CSV
 
 
-def json_text(value: object, file: TextIO | None = None, indent: int | None = None) -> str:
-    return harmless_json(json.dumps(value, ensure_ascii=False, indent=indent), file)
+def json_text(value: object, indent: int | None = None) -> str:
+    return harmless_json(json.dumps(value, ensure_ascii=False, indent=indent))
 
 
-def harmless_json(text: str, file: TextIO | None = None) -> str:
-    """Return JSON text with escapes for what is not printable, or not in `file`'s encoding."""
-    takes_all = file is None or takes_unicode(file)
-    if text.isprintable() and (takes_all or text.isascii()):
-        return text
-    harmful = [c for c in {*text} - {"\n"} if not (c.isprintable() and (takes_all or c.isascii()))]
-    return text.translate({ord(c): json.dumps(c)[1:-1] for c in harmful})
+def harmless_json(text: str) -> str:
+    """Return JSON text with escapes for what is not printable."""
+    harmful = () if text.isprintable() else {c for c in text if not c.isprintable()} - {"\n"}
+    return text.translate({ord(c): json.dumps(c)[1:-1] for c in harmful}) if harmful else text
 
 
 def write_json(
@@ -8561,7 +8548,7 @@ def write_json(
     mark = "["
     for row in rows:
         event = dict(zip(names, row))
-        text = json_text({name: event[name] for name in columns or names}, file)
+        text = json_text({name: event[name] for name in columns or names})
         file.write(text + "\n" if by_line else mark + text)
         mark = ",\n "
     if not by_line:
@@ -8620,12 +8607,12 @@ def write_events(
     are_numbers = [column in ("duration_ms", "result_bytes") for column in columns]
     for event, line in zip(events, _aligned(cells, are_numbers, width, widths)):
         style = _STYLES.get(event.get("status", "")) or _STYLES.get(event.get("policy_decision", ""))
-        _write(file, f"{style}{line}\x1b[0m" if style and colour else line)
+        file.write(f"{style}{line}\x1b[0m\n" if style and colour else f"{line}\n")
         for name in below if event else ():
             if name == "input_json":
-                _write(file, "    " + printable(event[name] or "-"))
+                file.write(f"    {printable(event[name] or '-')}\n")
             elif event[name]:
-                _write(file, clip(f"    {name}: {printable(event[name])}", width))
+                file.write(clip(f"    {name}: {printable(event[name])}", width) + "\n")
 
 
 def summary(shown: int, noun: str, limit: int | None) -> str:
@@ -8637,7 +8624,7 @@ def write_grid(file: TextIO, heads: Sequence[str], rows: Sequence[Row], *, width
     columns = list(zip(*rows)) or [("",)] * len(heads)
     are_numbers = [all(isinstance(value, (int, float, type(None))) for value in column) for column in columns]
     for line in _aligned([[*map(_cell, row)] for row in (heads, *rows)], are_numbers, width, None):
-        _write(file, line)
+        file.write(f"{line}\n")
 
 
 def write_fields(file: TextIO, fields: Mapping[str, object]) -> None:
@@ -8704,12 +8691,12 @@ def write_stats(
         del sizes[count]
     bars = min(40, room - sum(sizes))  # a bar takes what is left
     shown = [row[1 + STATS_COLUMNS.index(bar)] or 0 for row in rows]
-    block = "█" if takes_unicode(file) else "#"
+    block = "█" if (file.encoding or "utf-8").lower().startswith("utf") else "#"
     are_numbers = [0 < index < count for index in range(len(sizes))]
     for line, value in zip(_aligned(table, are_numbers, width, None), [0, *shown]):
         if bars > 3:
             line = pad(line, room - bars) + block * -(-value * bars // max([*shown, 1]))
-        _write(file, line.rstrip())
+        file.write(f"{line.rstrip()}\n")
 
 
 # == Forms ==
@@ -8855,8 +8842,7 @@ STREAM_FORMS = ("jsonl", *FORMS)
 def form_sql(form: str) -> str:
     """Return the SQL of an event as a line of JSON, in a form of FORMS or as `jsonl`."""
     if form == "jsonl":
-        fields = ", ".join(f"'{name}': {sql}" for name, sql in public_values())
-        return f"to_json({{{fields}}})::VARCHAR"
+        return "to_json({" + public_select("'{0}': {1}") + "})::VARCHAR"
     text = FORMS[form]
     for word, meaning in _FORM_WORDS.items():
         text = text.replace(word, f"({meaning})")
@@ -9885,7 +9871,7 @@ def _print(text: str) -> None:
 
 
 def _print_json(value: object, indent: int | None = 2) -> None:
-    _print(json_text(value, sys.stdout, indent))
+    _print(json_text(value, indent))
 
 
 def _say(text: str) -> None:
@@ -10105,7 +10091,7 @@ def _read_cursor(path: str) -> dict[str, Any]:
 
 def _print_lines(rows: Iterable[Row]) -> None:
     for (line,) in rows:
-        print(harmless_json(line, sys.stdout))
+        print(harmless_json(line))
     sys.stdout.flush()
 
 
@@ -10507,6 +10493,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.stdout is None or sys.stderr is None:  # >&-
         sink = open(os.devnull, "w")
         sys.stdout, sys.stderr = sys.stdout or sink, sys.stderr or sink
+    if hasattr(sys.stdout, "reconfigure"):
+        codecs.register_error("mxcp_audit", escaped)
+        sys.stdout.reconfigure(errors="mxcp_audit")
     arguments, debug = sys.argv[1:] if argv is None else argv, False
     try:
         args = build_parser(local="--local" in arguments).parse_args(arguments)
