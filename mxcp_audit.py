@@ -8580,13 +8580,14 @@ def write_csv(file: TextIO, names: Sequence[str], rows: Iterable[Row], *, raw: b
 
 SHORT_COLUMNS = ("timestamp", "type", "name", "status", "policy_decision", "duration_ms", "caller")
 WIDE_COLUMNS = (*SHORT_COLUMNS, *(c.name for c in COLUMNS[10:-2] if c.name != "context"), "event_id")
-_FIRST_WIDTHS = {"timestamp": 19, "name": 16, "status": 7}  # when following, before anything is known
+# When following, before anything is known.
+_FIRST_WIDTHS = {"timestamp": 19, "name": 16, "status": 7}
 _STYLES = {"error": "\x1b[31m", "deny": "\x1b[31m", "warn": "\x1b[33m"}
 
 
 def write_events(
     file: TextIO,
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     *,
     columns: Sequence[str] = SHORT_COLUMNS,
     width: int | None,
@@ -8597,15 +8598,19 @@ def write_events(
 ) -> None:
     """Write events as a table, some values in lines below; with the same `widths`, first [], it goes on."""
     events = [dict(zip(PUBLIC_COLUMNS, row)) for row in rows]
-    cells = [[_cell(event[name], name, local) for name in columns] for event in events]
-    if not widths:
-        zone = "local" if local else "UTC"
-        heads = {"timestamp": f"TIME ({zone})", "policy_decision": "POLICY", "duration_ms": "MS"}
-        events, cells = [{}, *events], [[heads.get(name, name.upper()) for name in columns], *cells]
-    if widths == []:
-        widths += [_FIRST_WIDTHS.get(column, 0) for column in columns]
-    are_numbers = [column in ("duration_ms", "result_bytes") for column in columns]
-    for event, line in zip(events, _aligned(cells, are_numbers, width, widths)):
+    values = [
+        [_short_time(event[name], local) if name == "timestamp" else event[name] for name in columns]
+        for event in events
+    ]
+    time = f"TIME ({'local' if local else 'UTC'})"
+    names = {"timestamp": time, "policy_decision": "POLICY", "duration_ms": "MS"}
+    heads = [names.get(name, name.upper()) for name in columns]
+    if widths is not None:
+        heads = [head.ljust(_FIRST_WIDTHS.get(name, 0)) for head, name in zip(heads, columns)]
+    lines = _table(heads, values, width, widths)
+    if widths:
+        next(lines)
+    for event, line in zip(events if widths else [{}, *events], lines):
         style = _STYLES.get(event.get("status", "")) or _STYLES.get(event.get("policy_decision", ""))
         file.write(f"{style}{line}\x1b[0m\n" if style and colour else f"{line}\n")
         for name in below if event else ():
@@ -8619,12 +8624,10 @@ def summary(shown: int, noun: str, limit: int | None) -> str:
     return counted(shown, noun) + (" (there may be more: --limit)" if shown == limit else "")
 
 
-def write_grid(file: TextIO, heads: Sequence[str], rows: Sequence[Row], *, width: int | None) -> None:
-    """Write rows of any values as a table."""
-    columns = list(zip(*rows)) or [("",)] * len(heads)
-    are_numbers = [all(isinstance(value, (int, float, type(None))) for value in column) for column in columns]
-    for line in _aligned([[*map(_cell, row)] for row in (heads, *rows)], are_numbers, width, None):
-        file.write(f"{line}\n")
+def write_grid(
+    file: TextIO, heads: Sequence[str], rows: Iterable[Sequence[object]], *, width: int | None
+) -> None:
+    file.writelines(f"{line}\n" for line in _table(heads, rows, width))
 
 
 def write_fields(file: TextIO, fields: Mapping[str, object]) -> None:
@@ -8635,13 +8638,19 @@ def write_fields(file: TextIO, fields: Mapping[str, object]) -> None:
         write_text(file, indented if "\n" in text else f"{name:16} {text}")
 
 
-def _aligned(
-    rows: Sequence[Sequence[str]], are_numbers: Sequence[bool], width: int | None, widths: list[int] | None
+def _table(
+    heads: Sequence[str],
+    rows: Iterable[Sequence[object]],
+    width: int | None,
+    widths: list[int] | None = None,
 ) -> Iterator[str]:
-    """Yield rows as lines that fit `width`; `widths` grow to the widest cells."""
-    widths = [0] * len(are_numbers) if widths is None else widths
-    for index, column in enumerate(zip(*rows)):
-        widths[index] = max(widths[index], *map(display_width, column))
+    """Yield lines that fit `width`, numbers to the right; `widths` grow to the widest cells."""
+    columns = [*zip(heads, *rows)]
+    are_numbers = [any(isinstance(value, (int, float)) for value in column) for column in columns]
+    texts = [[*map(_cell, column)] for column in columns]
+    widths = [] if widths is None else widths
+    sizes = itertools.zip_longest(widths, texts)
+    widths[:] = [max(size or 0, *map(display_width, column)) for size, column in sizes]
     if width is None:  # nothing is cut, but one long cell doesn't pad all other rows
         widths[:] = [min(size, 80) for size in widths]
     excess = sum(widths) + 2 * (len(widths) - 1) - width if width else 0
@@ -8649,7 +8658,7 @@ def _aligned(
         less = 0 if are_numbers[index] else max(0, min(excess, widths[index] - 19))
         widths[index] -= less
         excess -= less
-    for row in rows:
+    for row in zip(*texts):
         cells = (
             pad(clip(cell, width and size), size, right=right)
             for cell, size, right in zip(row, widths, are_numbers)
@@ -8664,38 +8673,33 @@ def local_time(text: str) -> str:
     return text
 
 
-def _cell(value: object, column: str = "", local: bool = False) -> str:
-    if value is None:
-        return "-"
-    text = value if isinstance(value, str) else json_text(value)
-    if column == "timestamp":
-        text = (local_time(text) if local else text)[:19].replace("T", " ")
-    return printable(text)
+def _short_time(text: str | None, local: bool) -> str | None:
+    return text and (local_time(text) if local else text)[:19].replace("T", " ")
+
+
+def _cell(value: object) -> str:
+    return "-" if value is None else printable(value if isinstance(value, str) else json_text(value))
 
 
 def write_stats(
     file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: int | None, local: bool = False
 ) -> None:
-    """Write rows of a group's name and STATS_COLUMNS as a table with bars."""
-    heads = f"{by.upper()},CALLS,ERRORS,DENIED,P50,P95,P99,MAX MS".split(",")
-    heads += ["RUNNING"] * any(row[10] for row in rows)
-    count, table = len(heads), [[*heads, "FIRST SEEN", "LAST SEEN"]]
-    for *numbers, first, last, running in rows:
-        seen = (_cell(time, "timestamp", local) for time in (first, last))
-        table.append([*map(_cell, [*numbers, running][:count]), *seen])
-    sizes = [max(map(display_width, column)) + 2 for column in zip(*table)]
-    room = width or sum(sizes)
-    sizes[0] = min(sizes[0], max(21, room - sum(sizes[1:count]) + 2))
-    while len(sizes) > count and sum(sizes) - 2 > room:  # "first seen", then "last seen" gives way
-        table = [cells[:count] + cells[count + 1 :] for cells in table]
-        del sizes[count]
-    bars = min(40, room - sum(sizes))  # a bar takes what is left
-    shown = [row[1 + STATS_COLUMNS.index(bar)] or 0 for row in rows]
+    """Write rows of a group's name and STATS_COLUMNS as a table, with times and bars if they fit."""
+    room, count = width or 999, 9 if any(row[10] for row in rows) else 8
+    heads = f"{by.upper()},CALLS,ERRORS,DENIED,P50,P95,P99,MAX MS,RUNNING".split(",")[:count]
+    figures = [[clip(_cell(row[0]), max(19, room - 75)), *row[1:8], row[10]][:count] for row in rows]
+    lines = [*_table(heads, figures, width)]
+    size = max(map(display_width, lines))
+    for head, index in (("LAST SEEN", 9), ("FIRST SEEN", 8)):
+        if size + 21 <= room:
+            times = (head, *(_cell(_short_time(row[index], local)) for row in rows))
+            lines = [f"{pad(line, size)}  {time}" for line, time in zip(lines, times)]
+            size += 21
+    values = [0, *(row[1 + STATS_COLUMNS.index(bar)] or 0 for row in rows)]
     block = "█" if (file.encoding or "utf-8").lower().startswith("utf") else "#"
-    are_numbers = [0 < index < count for index in range(len(sizes))]
-    for line, value in zip(_aligned(table, are_numbers, width, None), [0, *shown]):
-        if bars > 3:
-            line = pad(line, room - bars) + block * -(-value * bars // max([*shown, 1]))
+    cells = min(40, room - size - 2) if width and width - size > 5 else 0
+    for line, value in zip(lines, values):
+        line = pad(line, size + 2) + block * -(-value * cells // max(values[1:] + [1]))
         file.write(f"{line.rstrip()}\n")
 
 
@@ -10248,7 +10252,7 @@ def cmd_sql(args: Args) -> None:
                 file.reconfigure(encoding="utf-8", newline="")
             write_csv(file, names, rows, raw=args.raw)
         else:
-            write_grid(file, names, list(rows), width=_terminal()["width"])
+            write_grid(file, names, rows, width=_terminal()["width"])
 
 
 def cmd_config(args: Args) -> None:
