@@ -6154,13 +6154,18 @@ class PackageEngine(Engine):
 
 
 def decode_json(text: str) -> Any:
-    """Decode DuckDB's JSON: a row becomes a list, NaN and infinity None."""
+    """Decode DuckDB's JSON: a row becomes a list, NaN and infinity None; too deep a text stays one."""
 
     def members(pairs: list[tuple[str, object]]) -> object:
         is_row = len(pairs) > 1 and not any(name for name, _ in pairs)
         return [value for _, value in pairs] if is_row else dict(pairs)
 
-    return json.loads(text, object_pairs_hook=members, parse_constant=lambda name: None)
+    def number(text: str) -> float | None:
+        return value if isfinite(value := float(text)) else None
+
+    with suppress(ValueError, RecursionError):
+        return json.loads(text, object_pairs_hook=members, parse_float=number, parse_constant=number)
+    return text
 
 
 _PATIENCE = {"PGOPTIONS": "-c lock_timeout=3000", "PGCONNECT_TIMEOUT": "10"}  # with PostgreSQL
@@ -6300,8 +6305,8 @@ def find_program(environ: Mapping[str, str] = os.environ) -> str | None:
     import shutil
 
     # The package's own `duckdb` on PATH is a wrapper in Python, and slow.
-    paths = filter(None, (file_of_package("duckdb_cli", name) for name in ("duckdb", "duckdb.exe")))
-    ours = next((path for path in paths if os.access(path, os.X_OK)), None)
+    package = os.path.dirname(file_of_package("duckdb_cli", "__init__.py") or "")
+    ours = package and shutil.which("duckdb", path=package)
     return environ.get("MXCP_AUDIT_DUCKDB") or ours or shutil.which("duckdb", path=environ.get("PATH"))
 
 
@@ -9070,8 +9075,11 @@ _MXCP_NEW = "caller_type operation_type operation_name input_data policy_reason 
 _MXCP_SAME = "duration_ms policy_decision error user_id session_id trace_id"
 
 
-def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
-    """Return the event of a line of MXCP's log: its time in ns, and arguments of `log_event`."""
+_Imported: TypeAlias = tuple[int, dict[str, Any]]  # an event's time in ns, and arguments of `log_event`
+
+
+def event_of_mxcp(line: bytes) -> _Imported | None:
+    """Return the event of a line of MXCP's log."""
     record = _json_object(line)
     is_new = "operation_type" in record
     if not is_new and "type" not in record:
@@ -9097,7 +9105,6 @@ def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
 # --- import: it redacts and encodes like a logger, and asks the ledger what is known
 
 PART_EVENTS = 20_000  # arbitrary: of an imported file, in one segment
-_Imported: TypeAlias = tuple[int, dict[str, Any]]  # an event's time in ns, and its values
 
 
 def _file_lines(path: str) -> Iterator[bytes]:
@@ -9121,15 +9128,16 @@ class Importer:
     """
 
     def __init__(self, config: Config, *, on_bad_line: Callable[[str], None], wait: float) -> None:
-        redactor, limit = redactor_of(config), config.max_input_bytes
-        self._encoder = Encoder(redactor, max_input_bytes=limit, clock=lambda: self._now_ns)
+        limit = config.max_input_bytes
+        self._encoder = Encoder(redactor_of(config), max_input_bytes=limit, clock=lambda: self._now_ns)
         self._store, self._on_bad_line, self._wait, self._now_ns = Store(config), on_bad_line, wait, 0
 
     def take(self, path: str) -> tuple[int, int, int]:
         """Import a file; return its numbers of new events, known ones, and bad lines."""
         import hashlib  # lazily: it loads OpenSSL
 
-        self._ingest()  # the ledger does not know a part that waits in the journal
+        ingest = functools.partial(patiently, self._store.ingest, self._wait)
+        ingest()  # the ledger does not know a part that waits in the journal
         self._bad = events = ingested = known = 0
         self._digest = hashlib.sha256()
         file = self._read(path)
@@ -9143,13 +9151,10 @@ class Importer:
                     continue
                 events += self._write(part, itertools.chain([first], day))  # noqa: B031
                 if events - ingested >= PART_EVENTS:
-                    self._ingest()
+                    ingest()
                     ingested = events
-        self._ingest()
+        ingest()
         return events, known, self._bad
-
-    def _ingest(self) -> None:
-        patiently(self._store.ingest, self._wait)
 
     def _read(self, path: str) -> Iterator[_Imported]:
         """Yield the events; report bad lines, and damage, which is the end."""
@@ -9182,25 +9187,21 @@ class Importer:
             size += len(lines[-1])
             if len(lines) == PART_EVENTS or size >= 2**25:
                 break
-        try:
-            segment = self._store.journal.open_segment(named=part)
+        with contextlib.ExitStack() as stack:
             try:
-                segment.append(b"".join(lines), len(lines))
-            finally:
-                segment.seal()
-        except FileExistsError as error:
-            raise StoreError(f"{part} is being imported by another process; try again later") from error
-        except OSError as error:
-            where = self._store.journal.directory
-            raise JournalError(f"can't be written: {error.strerror}", path=where) from error
+                segment = self._store.journal.open_segment(named=part)
+            except FileExistsError as error:
+                raise StoreError(f"{part} is being imported by another process; try again later") from error
+            stack.callback(segment.seal)
+            segment.append(b"".join(lines), len(lines))
         return len(lines)
 
     def _skip(self, path: str, file: Iterator[_Imported], events: int, last: str) -> int:
         """Pass over a part that is in the database; count its events in the file."""
         times = [now_ns for now_ns, _ in itertools.islice(file, events)]
         if len(times) == events and max(times) // 1000 != microseconds(last):
-            text = f"{path} begins like a file that was imported, but goes on differently; "
-            raise StoreError(text + "import the missing events as a file of their own")
+            remedy = "import the missing events as a file of their own"
+            raise StoreError(f"{path} begins like an imported file, but goes on differently; {remedy}")
         return len(times)
 
 
@@ -10125,27 +10126,26 @@ def _poster_of(args: Args) -> _Write:
             start = '{"resourceLogs":['
             text = start + ",".join(line[len(start) : -2] for line in lines) + "]}"
         request = urllib.request.Request(args.post, text.encode(), headers, method="POST")
-        pause, end = 1.0, time.monotonic() + 60.0  # without --follow
+        pause, end = 1.0, inf if args.follow else time.monotonic() + 60.0
         while True:
-            told, is_final = "", False
+            told, code = "", 0
             try:
                 with opener.open(request, timeout=30) as answer:
                     code = answer.status
                     if 200 <= code < 300:
                         return
-                    told, is_final = f"{shown} answered {code}: ", code != 429 and code < 500
-                    asked = answer.headers.get("Retry-After", "").strip()
+                    told = f"{shown} answered {code}: "
                     with suppress(Exception):  # whatever a receiver sends; seconds or a date
+                        asked = answer.headers["Retry-After"].strip()
                         if not asked.isdecimal():
-                            moment = email.utils.parsedate_to_datetime(asked)
-                            asked = (moment - utc_now()).total_seconds()
+                            asked = (email.utils.parsedate_to_datetime(asked) - utc_now()).total_seconds()
                         pause = max(pause, min(float(asked), 300.0))
                     told += answer.read(500).decode(errors="replace").strip()
             except ValueError:  # its text may hold a secret
                 raise _UsageError(f"{shown}, or the proxy of the environment, is no address") from None
             except (OSError, http.client.HTTPException) as error:
                 told = told or f"{shown} can't be reached: {getattr(error, 'reason', error)}"
-            if is_final or not (args.follow or time.monotonic() + pause <= end):
+            if 0 < code < 500 and code != 429 or time.monotonic() + pause > end:
                 raise AuditError(f"{told}; nothing more was sent, and the cursor stays")
             _say(f"{told}; trying again in {pause:.0f} s")
             time.sleep(pause)
@@ -10181,10 +10181,9 @@ def _export(args: Args, store: Store, what: Filter) -> None:
             path = os.path.join(folder, f"export.{form}")
         else:
             store.refuse_own_files(path)
-        progress = _progress if sys.stderr.isatty() else None
         with _whole_log(store, args) as reading:
-            count = reading.export(what, path, form=form, count=args.limit, progress=progress, **chosen)
-        if progress:
+            count = reading.export(what, path, form=form, count=args.limit, progress=_progress, **chosen)
+        if sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr)
         if to_stdout:
             with open(path, "rb") as file:
@@ -10517,10 +10516,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-    except (AuditError, OSError) as error:
+    except Exception as error:
         if debug:
             raise
-        _say("mxcp-audit: " + str(error).partition("\n\nLINE ")[0])  # of a statement around the user's
+        kind = "" if isinstance(error, (AuditError, OSError)) else f"{type(error).__name__}: "
+        _say(f"mxcp-audit: {kind}{error}".partition("\n\nLINE ")[0])  # of a statement around the user's
         if isinstance(error, (ConfigError, EventError, _UsageError)):
             return EXIT_USAGE
         return EXIT_LOCKED if isinstance(error, DatabaseLockedError) else EXIT_FAILED
