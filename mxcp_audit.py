@@ -9760,8 +9760,8 @@ shell {_SHELLS} | which shell
 """
 _SAME_WORDS = {"denied": "deny", "allowed": "allow", "warned": "warn"}
 _MARKS = {"!": ("required", True), "*": ("action", "append"), "+": ("nargs", "+"), "…": ("nargs", "A...")}
-# Options, and what they do not go with; then options with what they need.
-_EXCLUDES = """\
+# Options, and what they do not go with; or, behind `+`, need.
+_RULES = """\
 db config profile
 utc local
 json csv
@@ -9769,8 +9769,12 @@ export columns wide input json cursor-file post
 format columns wide input json
 running export follow format oldest-first
 follow export until oldest-first
-cursor-file limit oldest-first"""
-_NEEDS = "header post, post format, cursor-file format, bom export, raw export, signed-by checkpoint"
+cursor-file limit oldest-first + format
+header + post
+post + format
+bom + export
+raw + export
+signed-by + checkpoint"""
 
 
 def option_blocks() -> dict[str, list[str]]:
@@ -9849,13 +9853,11 @@ def build_parser(*, local: bool = False) -> argparse.ArgumentParser:
 
 def _check_options(args: Args) -> None:
     given = {name.replace("_", "-"): value not in (None, False) for name, value in vars(args).items()}
-    for name, *others in map(str.split, _EXCLUDES.splitlines()):
-        for other in others:
-            if given.get(name) and given.get(other):
-                raise _UsageError(f"--{name} does not go with --{other}")
-    for name, other in map(str.split, _NEEDS.split(", ")):
-        if given.get(name) and not given.get(other, True):
-            raise _UsageError(f"--{name} needs --{other}")
+    for name, *others in map(str.split, _RULES.splitlines()):
+        for other in others if given.get(name) else ():
+            needs = "+" in others[: others.index(other)]
+            if given.get(other, needs) is not needs:
+                raise _UsageError(f"--{name} {'needs' if needs else 'does not go with'} --{other}")
 
 
 def version_text() -> str:
@@ -9918,12 +9920,12 @@ def _config_of(args: Args) -> Config:
     return config_from_arguments(path=args.db, journal=journal)
 
 
-def _store_of(args: Args, opener: Callable[..., Engine] = open_engine) -> Store:
+def _store_of(args: Args) -> Store:
     config = _config_of(args)
     if not config.enabled and not is_attach_target(config.path) and not os.path.exists(config.path):
         remedy = f"set `enabled: true` in its `audit` section of {config.site_file}"
         raise _UsageError(f"audit logging is not enabled for profile {config.profile!r}; {remedy}")
-    return Store(config, opener=opener)
+    return Store(config)
 
 
 @contextlib.contextmanager
@@ -10005,31 +10007,28 @@ def cmd_log(args: Args) -> None:
 
 def _follow(args: Args, store: Store, what: Filter, columns: str, write: _Write) -> None:
     """Write new events, or those since a cursor, which moves when they are written."""
-    place, wait = args.cursor_file, 0 if args.follow else args.wait
+    place, told, saved = args.cursor_file, "", ""
     follower = Follower(store, what, columns, _read_cursor(place) if place else None)
     past = [] if place else _past(args, store, what, follower, columns)
     if not (args.format or args.json):
         write = _with_running(write, follower)
-    told = saved = ""
     with contextlib.closing(follower):
         while True:
             begun = time.monotonic()
             try:
-                fresh, past = past or follower.look(wait=wait), []
+                fresh, past = past or follower.look(wait=0 if args.follow else args.wait), []
                 write(fresh)
+                if place and (reached := json.dumps(follower.cursor()) + "\n") != saved:
+                    _write_whole(place, reached)
+                    saved = reached
+                if not (args.follow or fresh or follower.is_behind):
+                    return
             except (JournalError, StoreError) as error:
                 if not args.follow:
                     raise
                 if str(error) != told:
                     told = str(error)
                     _say(f"new events may be missing until this is over: {told}")
-            else:
-                reached = json.dumps(follower.cursor())
-                if place and reached != saved:
-                    _write_whole(place, reached + "\n")
-                    saved = reached
-                if not (args.follow or fresh or follower.is_behind):
-                    return
             sys.stdout.flush()
             if args.follow and not follower.is_behind:
                 pause = min(0.4, max(0.1, 100 * (time.monotonic() - begun)))  # 1 % of a core
@@ -10238,8 +10237,9 @@ def cmd_stats(args: Args) -> None:
 
 def cmd_sql(args: Args) -> None:
     statement, file = _standard_input() if args.statement == "-" else args.statement, cast("Any", sys.stdout)
+    store = _store_of(args)
     # Python hears no Ctrl+C during a call into DuckDB, and a query of somebody's own may be endless.
-    store = _store_of(args, functools.partial(open_engine, apart=True))
+    store.target.open_engine = functools.partial(open_engine, apart=True)
     with _whole_log(store, args) as reading:
         names, rows = reading.query(statement)
         if args.json:
@@ -10417,8 +10417,6 @@ def cmd_purge(args: Args) -> None:
         raise _UsageError("--older-than lies in the future; everything would go")
     store, archive, dry_run = Store(_config_of(args)), args.archive, args.dry_run
     if archive:
-        if os.path.lexists(archive) and not os.path.isdir(archive):
-            raise _UsageError(f"{archive} is no directory; name one for --archive")
         store.refuse_journal(archive)
     removal = store.purge(args.older_than, archive=archive, dry_run=dry_run, wait=args.wait)
     text = f"{counted(removal.events, 'event')} {'would be ' if dry_run else ''}purged"
