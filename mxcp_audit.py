@@ -8644,18 +8644,16 @@ def write_fields(file: TextIO, fields: Mapping[str, object]) -> None:
 
 
 def _table(
-    heads: Sequence[str],
-    rows: Iterable[Sequence[object]],
-    width: int | None,
-    widths: list[int] | None = None,
+    heads: Sequence[str], rows: Iterable[Sequence[object]], width: int | None, widths: list[int] | None = None
 ) -> Iterator[str]:
     """Yield lines that fit `width`, numbers to the right; `widths` grow to the widest cells."""
     columns = [*zip(heads, *rows)]
     are_numbers = [any(isinstance(value, (int, float)) for value in column) for column in columns]
     texts = [[*map(_cell, column)] for column in columns]
     widths = [] if widths is None else widths
-    sizes = itertools.zip_longest(widths, texts)
-    widths[:] = [max(size or 0, *map(display_width, column)) for size, column in sizes]
+    widths[:] = [
+        max(size, *map(display_width, column)) for size, column in zip(widths or [0] * len(texts), texts)
+    ]
     if width is None:  # nothing is cut, but one long cell doesn't pad all other rows
         widths[:] = [min(size, 80) for size in widths]
     excess = sum(widths) + 2 * (len(widths) - 1) - width if width else 0
@@ -9028,8 +9026,8 @@ def prometheus_text(report: Mapping[str, Any], prefix: str = "mxcp_audit") -> It
     for name, value in report.items():
         metric = f"{prefix}_{name}"
         samples = {"": len(value) if isinstance(value, list) else value}
-        if isinstance(value, Mapping) and all(map(os.path.isabs, value)):
-            samples = dict(value)
+        if name == "free_bytes":
+            samples = value
         elif isinstance(value, Mapping):
             yield from prometheus_text(value, metric)
         if all(isinstance(number, (int, float)) for number in samples.values()):
@@ -10417,6 +10415,8 @@ def cmd_purge(args: Args) -> None:
         raise _UsageError("--older-than lies in the future; everything would go")
     store, archive, dry_run = Store(_config_of(args)), args.archive, args.dry_run
     if archive:
+        if os.path.lexists(archive) and not os.path.isdir(archive):
+            raise _UsageError(f"{archive} is no directory; name one for --archive")
         store.refuse_journal(archive)
     removal = store.purge(args.older_than, archive=archive, dry_run=dry_run, wait=args.wait)
     text = f"{counted(removal.events, 'event')} {'would be ' if dry_run else ''}purged"
