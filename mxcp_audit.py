@@ -8585,8 +8585,7 @@ def write_csv(file: TextIO, names: Sequence[str], rows: Iterable[Row], *, raw: b
 
 SHORT_COLUMNS = ("timestamp", "type", "name", "status", "policy_decision", "duration_ms", "caller")
 WIDE_COLUMNS = (*SHORT_COLUMNS, *(c.name for c in COLUMNS[10:-2] if c.name != "context"), "event_id")
-# When following, before anything is known.
-_FIRST_WIDTHS = {"timestamp": 19, "name": 16, "status": 7}
+_FIRST_WIDTHS = {"timestamp": 19, "name": 16, "status": 7}  # when following, before anything is known
 _STYLES = {"error": "\x1b[31m", "deny": "\x1b[31m", "warn": "\x1b[33m"}
 
 
