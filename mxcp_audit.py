@@ -5785,21 +5785,16 @@ PUBLIC_COLUMNS = (*(column.name for column in COLUMNS[:-2]), "event_id")
 EVENT_ID = "segment || ':' || seq::VARCHAR"
 
 
-def public_select(**more: bool) -> str:
-    """Return `public_values` as the SELECT list of every output."""
-    return ", ".join(f"{value} AS {name}" for name, value in public_values(**more))
-
-
-def public_values(*, typed: bool = False, harmless: bool = False) -> Iterator[tuple[str, str]]:
-    """Yield the public columns with their SQL, whose values both engines return alike."""
-    formula = sql_literal(FORMULA)
-    for name in PUBLIC_COLUMNS:
-        value = f"({EVENT_ID})" if name == "event_id" else name
-        if name == "timestamp":
-            value = value if typed else f"strftime(timestamp, {_ISO_FORMAT})"
-        elif harmless and name not in ("duration_ms", "result_bytes"):
-            value = f"CASE WHEN regexp_matches({value}, {formula}) THEN '''' || {value} ELSE {value} END"
-        yield name, value
+def public_select(form: str = "{1} AS {0}", *, typed: bool = False, harmless: bool = False) -> str:
+    """Return the public columns as a SELECT list, whose values both engines return alike."""
+    values = {name: name for name in PUBLIC_COLUMNS} | {"event_id": f"({EVENT_ID})"}
+    for name, value in values.items() if harmless else ():
+        if name not in ("timestamp", "duration_ms", "result_bytes"):
+            match = f"regexp_matches({value}, {sql_literal(FORMULA)})"
+            values[name] = f"CASE WHEN {match} THEN '''' || {value} ELSE {value} END"
+    if not typed:
+        values["timestamp"] = f"strftime(timestamp, {_ISO_FORMAT})"
+    return ", ".join(itertools.starmap(form.format, values.items()))
 
 
 # --- exports, figures, and SQL of a person's own
@@ -6070,13 +6065,18 @@ class PackageEngine(Engine):
 
 
 def decode_json(text: str) -> Any:
-    """Decode DuckDB's JSON: a row becomes a list, NaN and infinity None."""
+    """Decode DuckDB's JSON: a row becomes a list, NaN and infinity None; too deep a text stays one."""
 
     def members(pairs: list[tuple[str, object]]) -> object:
         is_row = len(pairs) > 1 and not any(name for name, _ in pairs)
         return [value for _, value in pairs] if is_row else dict(pairs)
 
-    return json.loads(text, object_pairs_hook=members, parse_constant=lambda name: None)
+    def number(text: str) -> float | None:
+        return value if isfinite(value := float(text)) else None
+
+    with suppress(ValueError, RecursionError):
+        return json.loads(text, object_pairs_hook=members, parse_float=number, parse_constant=number)
+    return text
 
 
 _PATIENCE = {"PGOPTIONS": "-c lock_timeout=3000", "PGCONNECT_TIMEOUT": "10"}  # with PostgreSQL
@@ -6216,8 +6216,8 @@ def find_program(environ: Mapping[str, str] = os.environ) -> str | None:
     import shutil
 
     # The package's own `duckdb` on PATH is a wrapper in Python, and slow.
-    paths = filter(None, (file_of_package("duckdb_cli", name) for name in ("duckdb", "duckdb.exe")))
-    ours = next((path for path in paths if os.access(path, os.X_OK)), None)
+    package = os.path.dirname(file_of_package("duckdb_cli", "__init__.py") or "")
+    ours = package and shutil.which("duckdb", path=package)
     return environ.get("MXCP_AUDIT_DUCKDB") or ours or shutil.which("duckdb", path=environ.get("PATH"))
 
 
@@ -8391,35 +8391,27 @@ def pad(text: str, width: int, *, right: bool = False) -> str:
     return blanks + text if right else text + blanks
 
 
-def takes_unicode(file: TextIO) -> bool:
-    return (file.encoding or "utf-8").lower().startswith("utf")
-
-
-def _write(file: TextIO, line: str) -> None:
-    """Write a line; what the file's encoding lacks as escapes."""
-    encoding = file.encoding or "utf-8"
-    file.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+def escaped(error: UnicodeError) -> tuple[str, int]:
+    """Return what an encoding lacks as escapes, which JSON knows too."""
+    assert isinstance(error, UnicodeEncodeError)
+    return json.dumps(error.object[error.start : error.end])[1:-1], error.end
 
 
 def write_text(file: TextIO, text: str) -> None:
-    for line in text.split("\n"):
-        _write(file, printable(line))
+    file.writelines(printable(line) + "\n" for line in text.split("\n"))
 
 
 # --- data: JSON and CSV
 
 
-def json_text(value: object, file: TextIO | None = None, indent: int | None = None) -> str:
-    return harmless_json(json.dumps(value, ensure_ascii=False, indent=indent), file)
+def json_text(value: object, indent: int | None = None) -> str:
+    return harmless_json(json.dumps(value, ensure_ascii=False, indent=indent))
 
 
-def harmless_json(text: str, file: TextIO | None = None) -> str:
-    """Return JSON text with escapes for what is not printable, or not in `file`'s encoding."""
-    takes_all = file is None or takes_unicode(file)
-    if text.isprintable() and (takes_all or text.isascii()):
-        return text
-    harmful = [c for c in {*text} - {"\n"} if not (c.isprintable() and (takes_all or c.isascii()))]
-    return text.translate({ord(c): json.dumps(c)[1:-1] for c in harmful})
+def harmless_json(text: str) -> str:
+    """Return JSON text with escapes for what is not printable."""
+    harmful = () if text.isprintable() else {c for c in text if not c.isprintable()} - {"\n"}
+    return text.translate({ord(c): json.dumps(c)[1:-1] for c in harmful}) if harmful else text
 
 
 def write_json(
@@ -8434,7 +8426,7 @@ def write_json(
     mark = "["
     for row in rows:
         event = dict(zip(names, row))
-        text = json_text({name: event[name] for name in columns or names}, file)
+        text = json_text({name: event[name] for name in columns or names})
         file.write(text + "\n" if by_line else mark + text)
         mark = ",\n "
     if not by_line:
@@ -8472,7 +8464,7 @@ _STYLES = {"error": "\x1b[31m", "deny": "\x1b[31m", "warn": "\x1b[33m"}
 
 def write_events(
     file: TextIO,
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     *,
     columns: Sequence[str] = SHORT_COLUMNS,
     width: int | None,
@@ -8483,34 +8475,36 @@ def write_events(
 ) -> None:
     """Write events as a table, some values in lines below; with the same `widths`, first [], it goes on."""
     events = [dict(zip(PUBLIC_COLUMNS, row)) for row in rows]
-    cells = [[_cell(event[name], name, local) for name in columns] for event in events]
-    if not widths:
-        zone = "local" if local else "UTC"
-        heads = {"timestamp": f"TIME ({zone})", "policy_decision": "POLICY", "duration_ms": "MS"}
-        events, cells = [{}, *events], [[heads.get(name, name.upper()) for name in columns], *cells]
-    if widths == []:
-        widths += [_FIRST_WIDTHS.get(column, 0) for column in columns]
-    are_numbers = [column in ("duration_ms", "result_bytes") for column in columns]
-    for event, line in zip(events, _aligned(cells, are_numbers, width, widths)):
+    values = [
+        [_short_time(event[name], local) if name == "timestamp" else event[name] for name in columns]
+        for event in events
+    ]
+    time = f"TIME ({'local' if local else 'UTC'})"
+    names = {"timestamp": time, "policy_decision": "POLICY", "duration_ms": "MS"}
+    heads = [names.get(name, name.upper()) for name in columns]
+    if widths is not None:
+        heads = [head.ljust(_FIRST_WIDTHS.get(name, 0)) for head, name in zip(heads, columns)]
+    lines = _table(heads, values, width, widths)
+    if widths:
+        next(lines)
+    for event, line in zip(events if widths else [{}, *events], lines):
         style = _STYLES.get(event.get("status", "")) or _STYLES.get(event.get("policy_decision", ""))
-        _write(file, f"{style}{line}\x1b[0m" if style and colour else line)
+        file.write(f"{style}{line}\x1b[0m\n" if style and colour else f"{line}\n")
         for name in below if event else ():
             if name == "input_json":
-                _write(file, "    " + printable(event[name] or "-"))
+                file.write(f"    {printable(event[name] or '-')}\n")
             elif event[name]:
-                _write(file, clip(f"    {name}: {printable(event[name])}", width))
+                file.write(clip(f"    {name}: {printable(event[name])}", width) + "\n")
 
 
 def summary(shown: int, noun: str, limit: int | None) -> str:
     return counted(shown, noun) + (" (there may be more: --limit)" if shown == limit else "")
 
 
-def write_grid(file: TextIO, heads: Sequence[str], rows: Sequence[Row], *, width: int | None) -> None:
-    """Write rows of any values as a table."""
-    columns = list(zip(*rows)) or [("",)] * len(heads)
-    are_numbers = [all(isinstance(value, (int, float, type(None))) for value in column) for column in columns]
-    for line in _aligned([[*map(_cell, row)] for row in (heads, *rows)], are_numbers, width, None):
-        _write(file, line)
+def write_grid(
+    file: TextIO, heads: Sequence[str], rows: Iterable[Sequence[object]], *, width: int | None
+) -> None:
+    file.writelines(f"{line}\n" for line in _table(heads, rows, width))
 
 
 def write_fields(file: TextIO, fields: Mapping[str, object]) -> None:
@@ -8521,13 +8515,17 @@ def write_fields(file: TextIO, fields: Mapping[str, object]) -> None:
         write_text(file, indented if "\n" in text else f"{name:16} {text}")
 
 
-def _aligned(
-    rows: Sequence[Sequence[str]], are_numbers: Sequence[bool], width: int | None, widths: list[int] | None
+def _table(
+    heads: Sequence[str], rows: Iterable[Sequence[object]], width: int | None, widths: list[int] | None = None
 ) -> Iterator[str]:
-    """Yield rows as lines that fit `width`; `widths` grow to the widest cells."""
-    widths = [0] * len(are_numbers) if widths is None else widths
-    for index, column in enumerate(zip(*rows)):
-        widths[index] = max(widths[index], *map(display_width, column))
+    """Yield lines that fit `width`, numbers to the right; `widths` grow to the widest cells."""
+    columns = [*zip(heads, *rows)]
+    are_numbers = [any(isinstance(value, (int, float)) for value in column) for column in columns]
+    texts = [[*map(_cell, column)] for column in columns]
+    widths = [] if widths is None else widths
+    widths[:] = [
+        max(size, *map(display_width, column)) for size, column in zip(widths or [0] * len(texts), texts)
+    ]
     if width is None:  # nothing is cut, but one long cell doesn't pad all other rows
         widths[:] = [min(size, 80) for size in widths]
     excess = sum(widths) + 2 * (len(widths) - 1) - width if width else 0
@@ -8535,7 +8533,7 @@ def _aligned(
         less = 0 if are_numbers[index] else max(0, min(excess, widths[index] - 19))
         widths[index] -= less
         excess -= less
-    for row in rows:
+    for row in zip(*texts):
         cells = (
             pad(clip(cell, width and size), size, right=right)
             for cell, size, right in zip(row, widths, are_numbers)
@@ -8550,39 +8548,34 @@ def local_time(text: str) -> str:
     return text
 
 
-def _cell(value: object, column: str = "", local: bool = False) -> str:
-    if value is None:
-        return "-"
-    text = value if isinstance(value, str) else json_text(value)
-    if column == "timestamp":
-        text = (local_time(text) if local else text)[:19].replace("T", " ")
-    return printable(text)
+def _short_time(text: str | None, local: bool) -> str | None:
+    return text and (local_time(text) if local else text)[:19].replace("T", " ")
+
+
+def _cell(value: object) -> str:
+    return "-" if value is None else printable(value if isinstance(value, str) else json_text(value))
 
 
 def write_stats(
     file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: int | None, local: bool = False
 ) -> None:
-    """Write rows of a group's name and STATS_COLUMNS as a table with bars."""
-    heads = f"{by.upper()},CALLS,ERRORS,DENIED,P50,P95,P99,MAX MS".split(",")
-    heads += ["RUNNING"] * any(row[10] for row in rows)
-    count, table = len(heads), [[*heads, "FIRST SEEN", "LAST SEEN"]]
-    for *numbers, first, last, running in rows:
-        seen = (_cell(time, "timestamp", local) for time in (first, last))
-        table.append([*map(_cell, [*numbers, running][:count]), *seen])
-    sizes = [max(map(display_width, column)) + 2 for column in zip(*table)]
-    room = width or sum(sizes)
-    sizes[0] = min(sizes[0], max(21, room - sum(sizes[1:count]) + 2))
-    while len(sizes) > count and sum(sizes) - 2 > room:  # "first seen", then "last seen" gives way
-        table = [cells[:count] + cells[count + 1 :] for cells in table]
-        del sizes[count]
-    bars = min(40, room - sum(sizes))  # a bar takes what is left
-    shown = [row[1 + STATS_COLUMNS.index(bar)] or 0 for row in rows]
-    block = "█" if takes_unicode(file) else "#"
-    are_numbers = [0 < index < count for index in range(len(sizes))]
-    for line, value in zip(_aligned(table, are_numbers, width, None), [0, *shown]):
-        if bars > 3:
-            line = pad(line, room - bars) + block * -(-value * bars // max([*shown, 1]))
-        _write(file, line.rstrip())
+    """Write rows of a group's name and STATS_COLUMNS as a table, with times and bars if they fit."""
+    room, count = width or 999, 9 if any(row[10] for row in rows) else 8
+    heads = f"{by.upper()},CALLS,ERRORS,DENIED,P50,P95,P99,MAX MS,RUNNING".split(",")[:count]
+    figures = [[clip(_cell(row[0]), max(19, room - 75)), *row[1:8], row[10]][:count] for row in rows]
+    lines = [*_table(heads, figures, width)]
+    size = max(map(display_width, lines))
+    for head, index in (("LAST SEEN", 9), ("FIRST SEEN", 8)):
+        if size + 21 <= room:
+            times = (head, *(_cell(_short_time(row[index], local)) for row in rows))
+            lines = [f"{pad(line, size)}  {time}" for line, time in zip(lines, times)]
+            size += 21
+    values = [0, *(row[1 + STATS_COLUMNS.index(bar)] or 0 for row in rows)]
+    block = "█" if (file.encoding or "utf-8").lower().startswith("utf") else "#"
+    cells = min(40, room - size - 2) if width and width - size > 5 else 0
+    for line, value in zip(lines, values):
+        line = pad(line, size + 2) + block * -(-value * cells // max(values[1:] + [1]))
+        file.write(f"{line.rstrip()}\n")
 
 
 # == Forms ==
@@ -8728,8 +8721,7 @@ STREAM_FORMS = ("jsonl", *FORMS)
 def form_sql(form: str) -> str:
     """Return the SQL of an event as a line of JSON, in a form of FORMS or as `jsonl`."""
     if form == "jsonl":
-        fields = ", ".join(f"'{name}': {sql}" for name, sql in public_values())
-        return f"to_json({{{fields}}})::VARCHAR"
+        return "to_json({" + public_select("'{0}': {1}") + "})::VARCHAR"
     text = FORMS[form]
     for word, meaning in _FORM_WORDS.items():
         text = text.replace(word, f"({meaning})")
@@ -8906,8 +8898,8 @@ def prometheus_text(report: Mapping[str, Any], prefix: str = "mxcp_audit") -> It
     for name, value in report.items():
         metric = f"{prefix}_{name}"
         samples = {"": len(value) if isinstance(value, list) else value}
-        if isinstance(value, Mapping) and all(map(os.path.isabs, value)):
-            samples = dict(value)
+        if name == "free_bytes":
+            samples = value
         elif isinstance(value, Mapping):
             yield from prometheus_text(value, metric)
         if all(isinstance(number, (int, float)) for number in samples.values()):
@@ -8953,8 +8945,11 @@ _MXCP_NEW = "caller_type operation_type operation_name input_data policy_reason 
 _MXCP_SAME = "duration_ms policy_decision error user_id session_id trace_id"
 
 
-def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
-    """Return the event of a line of MXCP's log: its time in ns, and arguments of `log_event`."""
+_Imported: TypeAlias = tuple[int, dict[str, Any]]  # an event's time in ns, and arguments of `log_event`
+
+
+def event_of_mxcp(line: bytes) -> _Imported | None:
+    """Return the event of a line of MXCP's log."""
     record = _json_object(line)
     is_new = "operation_type" in record
     if not is_new and "type" not in record:
@@ -8980,7 +8975,6 @@ def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
 # --- import: it redacts and encodes like a logger, and asks the ledger what is known
 
 PART_EVENTS = 20_000  # arbitrary: of an imported file, in one segment
-_Imported: TypeAlias = tuple[int, dict[str, Any]]  # an event's time in ns, and its values
 
 
 def _file_lines(path: str) -> Iterator[bytes]:
@@ -9004,15 +8998,16 @@ class Importer:
     """
 
     def __init__(self, config: Config, *, on_bad_line: Callable[[str], None], wait: float) -> None:
-        redactor, limit = redactor_of(config), config.max_input_bytes
-        self._encoder = Encoder(redactor, max_input_bytes=limit, clock=lambda: self._now_ns)
+        limit = config.max_input_bytes
+        self._encoder = Encoder(redactor_of(config), max_input_bytes=limit, clock=lambda: self._now_ns)
         self._store, self._on_bad_line, self._wait, self._now_ns = Store(config), on_bad_line, wait, 0
 
     def take(self, path: str) -> tuple[int, int, int]:
         """Import a file; return its numbers of new events, known ones, and bad lines."""
         import hashlib  # lazily: it loads OpenSSL
 
-        self._ingest()  # the ledger does not know a part that waits in the journal
+        ingest = functools.partial(patiently, self._store.ingest, self._wait)
+        ingest()  # the ledger does not know a part that waits in the journal
         self._bad = events = ingested = known = 0
         self._digest = hashlib.sha256()
         file = self._read(path)
@@ -9026,13 +9021,10 @@ class Importer:
                     continue
                 events += self._write(part, itertools.chain([first], day))  # noqa: B031
                 if events - ingested >= PART_EVENTS:
-                    self._ingest()
+                    ingest()
                     ingested = events
-        self._ingest()
+        ingest()
         return events, known, self._bad
-
-    def _ingest(self) -> None:
-        patiently(self._store.ingest, self._wait)
 
     def _read(self, path: str) -> Iterator[_Imported]:
         """Yield the events; report bad lines, and damage, which is the end."""
@@ -9065,25 +9057,21 @@ class Importer:
             size += len(lines[-1])
             if len(lines) == PART_EVENTS or size >= 2**25:
                 break
-        try:
-            segment = self._store.journal.open_segment(named=part)
+        with contextlib.ExitStack() as stack:
             try:
-                segment.append(b"".join(lines), len(lines))
-            finally:
-                segment.seal()
-        except FileExistsError as error:
-            raise StoreError(f"{part} is being imported by another process; try again later") from error
-        except OSError as error:
-            where = self._store.journal.directory
-            raise JournalError(f"can't be written: {error.strerror}", path=where) from error
+                segment = self._store.journal.open_segment(named=part)
+            except FileExistsError as error:
+                raise StoreError(f"{part} is being imported by another process; try again later") from error
+            stack.callback(segment.seal)
+            segment.append(b"".join(lines), len(lines))
         return len(lines)
 
     def _skip(self, path: str, file: Iterator[_Imported], events: int, last: str) -> int:
         """Pass over a part that is in the database; count its events in the file."""
         times = [now_ns for now_ns, _ in itertools.islice(file, events)]
         if len(times) == events and max(times) // 1000 != microseconds(last):
-            text = f"{path} begins like a file that was imported, but goes on differently; "
-            raise StoreError(text + "import the missing events as a file of their own")
+            remedy = "import the missing events as a file of their own"
+            raise StoreError(f"{path} begins like an imported file, but goes on differently; {remedy}")
         return len(times)
 
 
@@ -9638,8 +9626,8 @@ shell {_SHELLS} | which shell
 """
 _SAME_WORDS = {"denied": "deny", "allowed": "allow", "warned": "warn"}
 _MARKS = {"!": ("required", True), "*": ("action", "append"), "+": ("nargs", "+"), "…": ("nargs", "A...")}
-# Options, and what they do not go with; then options with what they need.
-_EXCLUDES = """\
+# Options, and what they do not go with; or, behind `+`, need.
+_RULES = """\
 db config profile
 utc local
 json csv
@@ -9647,8 +9635,12 @@ export columns wide input json cursor-file post
 format columns wide input json
 running export follow format oldest-first
 follow export until oldest-first
-cursor-file limit oldest-first"""
-_NEEDS = "header post, post format, cursor-file format, bom export, raw export, signed-by checkpoint"
+cursor-file limit oldest-first + format
+header + post
+post + format
+bom + export
+raw + export
+signed-by + checkpoint"""
 
 
 def option_blocks() -> dict[str, list[str]]:
@@ -9727,13 +9719,11 @@ def build_parser(*, local: bool = False) -> argparse.ArgumentParser:
 
 def _check_options(args: Args) -> None:
     given = {name.replace("_", "-"): value not in (None, False) for name, value in vars(args).items()}
-    for name, *others in map(str.split, _EXCLUDES.splitlines()):
-        for other in others:
-            if given.get(name) and given.get(other):
-                raise _UsageError(f"--{name} does not go with --{other}")
-    for name, other in map(str.split, _NEEDS.split(", ")):
-        if given.get(name) and not given.get(other, True):
-            raise _UsageError(f"--{name} needs --{other}")
+    for name, *others in map(str.split, _RULES.splitlines()):
+        for other in others if given.get(name) else ():
+            needs = "+" in others[: others.index(other)]
+            if given.get(other, needs) is not needs:
+                raise _UsageError(f"--{name} {'needs' if needs else 'does not go with'} --{other}")
 
 
 def version_text() -> str:
@@ -9754,7 +9744,7 @@ def _print(text: str) -> None:
 
 
 def _print_json(value: object, indent: int | None = 2) -> None:
-    _print(json_text(value, sys.stdout, indent))
+    _print(json_text(value, indent))
 
 
 def _say(text: str) -> None:
@@ -9796,12 +9786,12 @@ def _config_of(args: Args) -> Config:
     return config_from_arguments(path=args.db, journal=journal)
 
 
-def _store_of(args: Args, opener: Callable[..., Engine] = open_engine) -> Store:
+def _store_of(args: Args) -> Store:
     config = _config_of(args)
     if not config.enabled and not is_attach_target(config.path) and not os.path.exists(config.path):
         remedy = f"set `enabled: true` in its `audit` section of {config.site_file}"
         raise _UsageError(f"audit logging is not enabled for profile {config.profile!r}; {remedy}")
-    return Store(config, opener=opener)
+    return Store(config)
 
 
 @contextlib.contextmanager
@@ -9883,31 +9873,28 @@ def cmd_log(args: Args) -> None:
 
 def _follow(args: Args, store: Store, what: Filter, columns: str, write: _Write) -> None:
     """Write new events, or those since a cursor, which moves when they are written."""
-    place, wait = args.cursor_file, 0 if args.follow else args.wait
+    place, told, saved = args.cursor_file, "", ""
     follower = Follower(store, what, columns, _read_cursor(place) if place else None)
     past = [] if place else _past(args, store, what, follower, columns)
     if not (args.format or args.json):
         write = _with_running(write, follower)
-    told = saved = ""
     with contextlib.closing(follower):
         while True:
             begun = time.monotonic()
             try:
-                fresh, past = past or follower.look(wait=wait), []
+                fresh, past = past or follower.look(wait=0 if args.follow else args.wait), []
                 write(fresh)
+                if place and (reached := json.dumps(follower.cursor()) + "\n") != saved:
+                    _write_whole(place, reached)
+                    saved = reached
+                if not (args.follow or fresh or follower.is_behind):
+                    return
             except (JournalError, StoreError) as error:
                 if not args.follow:
                     raise
                 if str(error) != told:
                     told = str(error)
                     _say(f"new events may be missing until this is over: {told}")
-            else:
-                reached = json.dumps(follower.cursor())
-                if place and reached != saved:
-                    _write_whole(place, reached + "\n")
-                    saved = reached
-                if not (args.follow or fresh or follower.is_behind):
-                    return
             sys.stdout.flush()
             if args.follow and not follower.is_behind:
                 pause = min(0.4, max(0.1, 100 * (time.monotonic() - begun)))  # 1 % of a core
@@ -9974,7 +9961,7 @@ def _read_cursor(path: str) -> dict[str, Any]:
 
 def _print_lines(rows: Iterable[Row]) -> None:
     for (line,) in rows:
-        print(harmless_json(line, sys.stdout))
+        print(harmless_json(line))
     sys.stdout.flush()
 
 
@@ -10004,27 +9991,26 @@ def _poster_of(args: Args) -> _Write:
             start = '{"resourceLogs":['
             text = start + ",".join(line[len(start) : -2] for line in lines) + "]}"
         request = urllib.request.Request(args.post, text.encode(), headers, method="POST")
-        pause, end = 1.0, time.monotonic() + 60.0  # without --follow
+        pause, end = 1.0, inf if args.follow else time.monotonic() + 60.0
         while True:
-            told, is_final = "", False
+            told, code = "", 0
             try:
                 with opener.open(request, timeout=30) as answer:
                     code = answer.status
                     if 200 <= code < 300:
                         return
-                    told, is_final = f"{shown} answered {code}: ", code != 429 and code < 500
-                    asked = answer.headers.get("Retry-After", "").strip()
+                    told = f"{shown} answered {code}: "
                     with suppress(Exception):  # whatever a receiver sends; seconds or a date
+                        asked = answer.headers["Retry-After"].strip()
                         if not asked.isdecimal():
-                            moment = email.utils.parsedate_to_datetime(asked)
-                            asked = (moment - utc_now()).total_seconds()
+                            asked = (email.utils.parsedate_to_datetime(asked) - utc_now()).total_seconds()
                         pause = max(pause, min(float(asked), 300.0))
                     told += answer.read(500).decode(errors="replace").strip()
             except ValueError:  # its text may hold a secret
                 raise _UsageError(f"{shown}, or the proxy of the environment, is no address") from None
             except (OSError, http.client.HTTPException) as error:
                 told = told or f"{shown} can't be reached: {getattr(error, 'reason', error)}"
-            if is_final or not (args.follow or time.monotonic() + pause <= end):
+            if 0 < code < 500 and code != 429 or time.monotonic() + pause > end:
                 raise AuditError(f"{told}; nothing more was sent, and the cursor stays")
             _say(f"{told}; trying again in {pause:.0f} s")
             time.sleep(pause)
@@ -10060,10 +10046,9 @@ def _export(args: Args, store: Store, what: Filter) -> None:
             path = os.path.join(folder, f"export.{form}")
         else:
             store.refuse_own_files(path)
-        progress = _progress if sys.stderr.isatty() else None
         with _whole_log(store, args) as reading:
-            count = reading.export(what, path, form=form, count=args.limit, progress=progress, **chosen)
-        if progress:
+            count = reading.export(what, path, form=form, count=args.limit, progress=_progress, **chosen)
+        if sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr)
         if to_stdout:
             with open(path, "rb") as file:
@@ -10118,8 +10103,9 @@ def cmd_stats(args: Args) -> None:
 
 def cmd_sql(args: Args) -> None:
     statement, file = _standard_input() if args.statement == "-" else args.statement, cast("Any", sys.stdout)
+    store = _store_of(args)
     # Python hears no Ctrl+C during a call into DuckDB, and a query of somebody's own may be endless.
-    store = _store_of(args, functools.partial(open_engine, apart=True))
+    store.target.open_engine = functools.partial(open_engine, apart=True)
     with _whole_log(store, args) as reading:
         names, rows = reading.query(statement)
         if args.json:
@@ -10131,7 +10117,7 @@ def cmd_sql(args: Args) -> None:
                 file.reconfigure(encoding="utf-8", newline="")
             write_csv(file, names, rows, raw=args.raw)
         else:
-            write_grid(file, names, list(rows), width=_terminal()["width"])
+            write_grid(file, names, rows, width=_terminal()["width"])
 
 
 def cmd_config(args: Args) -> None:
@@ -10376,6 +10362,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.stdout is None or sys.stderr is None:  # >&-
         sink = open(os.devnull, "w")
         sys.stdout, sys.stderr = sys.stdout or sink, sys.stderr or sink
+    if hasattr(sys.stdout, "reconfigure"):
+        codecs.register_error("mxcp_audit", escaped)
+        sys.stdout.reconfigure(errors="mxcp_audit")
     arguments, debug = sys.argv[1:] if argv is None else argv, False
     try:
         args = build_parser(local="--local" in arguments).parse_args(arguments)
@@ -10393,10 +10382,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-    except (AuditError, OSError) as error:
+    except Exception as error:
         if debug:
             raise
-        _say("mxcp-audit: " + str(error).partition("\n\nLINE ")[0])  # of a statement around the user's
+        kind = "" if isinstance(error, (AuditError, OSError)) else f"{type(error).__name__}: "
+        _say(f"mxcp-audit: {kind}{error}".partition("\n\nLINE ")[0])  # of a statement around the user's
         if isinstance(error, (ConfigError, EventError, _UsageError)):
             return EXIT_USAGE
         return EXIT_LOCKED if isinstance(error, DatabaseLockedError) else EXIT_FAILED

@@ -201,6 +201,9 @@ def test_sql_in_each_form(filled: Path, run: Cli) -> None:
     assert json.loads(run("sql", question, *DB, "--json").stdout)[0] == {"name": "get_user", "n": 2}
     rows = list(csv.reader(io.StringIO(run("sql", question, *DB, "--csv").stdout)))
     assert rows[:2] == [["name", "n"], ["get_user", "2"]]
+    for text, shown in (("[1e400]", [None]), ("9" * 5000, "9" * 5000), ("[" * 3000 + "]" * 3000, "[" * 3000)):
+        done = run("sql", f"SELECT '{text}'::JSON AS x", *DB, "--json")
+        assert str(json.loads(done.stdout, parse_constant=pytest.fail)[0]["x"]).startswith(str(shown))
     refused = run("sql", "DROP TABLE audit.logs", *DB)
     assert refused.returncode == 1 and refused.stdout == "" and "LINE" not in refused.stderr
     assert "SELECT" in refused.stderr
