@@ -3406,12 +3406,11 @@ class Diagnostics:
 
     def tell(self) -> None:
         """Log what was noted. Hold no lock: handlers log events."""
-        if self.untold and self._log is not None:
+        while self.untold and self._log is not None:  # handlers may tell, too
             with suppress(Exception):  # of a broken handler
+                level, _, text = self.untold.pop(0)
                 self._log.disabled = False  # dictConfig disables what it doesn't name
-                while self.untold:  # handlers may tell, too
-                    level, _, text = self.untold.pop(0)
-                    self._log.log(level, "mxcp_audit: %s", text)
+                self._log.log(level, "mxcp_audit: %s", text)
 
     def report(self, kind: str, text: str, *, error: BaseException | None = None) -> None:
         self.note(kind, text, error=error)
@@ -3461,11 +3460,9 @@ class Begun:
         refs = {}
         for due, number, call in self._waiting():
             if due <= 0.0:
-                ref = self._refs.setdefault(number, (new_segment_id(wall_clock_ns()), call))
-                if number in self._running:
-                    refs[number] = ref
-                else:  # it has ended
-                    del self._refs[number]
+                refs[number] = self._refs.setdefault(number, (new_segment_id(wall_clock_ns()), call))
+                if number not in self._running:  # it has ended
+                    del refs[number], self._refs[number]
         fresh, is_due = bool(refs), self.on_record and time.monotonic() >= self._signed + _SIGN_SECONDS
         if not (fresh or is_due or (ends and self._over)):
             return
@@ -3749,11 +3746,10 @@ class Ingester:
                 raise JournalError(f"{reason}: only shutdown ingests", path=appender.journal.directory)
             with appender.journal.ingest_lock() as is_free:
                 pass
-            if is_free and (appender.sealed or appender.seal()):
-                self._start()
-                return
             if not is_free:  # perhaps for long
                 appender.record_losses()
+            elif appender.sealed or appender.seal():
+                return self._start()
             self._answered({"busy": not is_free})
         except Exception as error:
             self._answered({"fault": str(error)})
@@ -3911,7 +3907,7 @@ class Writer:
         self._due = self._look_at = self._step_at = 0.0  # seconds; moments of checks
         self._waiting: list[tuple[Callable[[], bool], Callable[[], object]]] = []  # what for, callback
         self._asleep, self._hurried = True, False  # somebody waits for the next round
-        self._closing = self._sealed = self._closed = False
+        self._closing = self._closed = False
         self._inline = 0  # the number of a caller's thread that writes
         self._thread: threading.Thread | None = None
 
@@ -3954,12 +3950,20 @@ class Writer:
         return self.wait_for(lambda: self.written >= ticket, timeout)
 
     def wait_for(self, done: Callable[[], bool], timeout: float | None = None) -> bool:
-        """Wait for the writer, unless this is its thread; False after the timeout."""
-        if self._is_writing_thread():
+        """Wait for the writer, unless this is its thread, or do its work; False after the timeout."""
+        if done() or self._is_writing_thread():
             return True
         self._hurry()
         deadline = time.monotonic() + (inf if timeout is None else timeout)
-        self._wait_until(lambda: done() or self._closed, deadline)
+        while not (done() or self._closed):
+            if self._asleep:  # a caller was interrupted, or there is no thread
+                self._rouse()
+            if (left := deadline - time.monotonic()) <= 0:
+                break
+            longest = _RETRY_SECONDS if self._thread is None else threading.TIMEOUT_MAX
+            with self._lock:
+                if not (done() or self._closed):
+                    self._progress.wait(min(left, longest))
         return done()
 
     def call_when(self, done: Callable[[], bool], callback: Callable[[], object]) -> None:
@@ -3976,11 +3980,11 @@ class Writer:
             return not self.pending
         ingester = self._ingester
         with self._lock:
-            ingester.wanted += 1
-            wanted = ingester.wanted
-        if not (ingester.stopped or self._closing):
-            self._rouse()
-        self._wait_until(lambda: ingester.tried >= wanted or ingester.stopped or self._closing, deadline)
+            ingester.wanted = wanted = ingester.wanted + 1
+        if self._at_once:  # else `wait_for` does this
+            self._release_wake()
+        left = deadline - time.monotonic()
+        self.wait_for(lambda: ingester.tried >= wanted or ingester.stopped or self._closing, left)
         return True
 
     def close(self, timeout: float) -> int:
@@ -3994,7 +3998,7 @@ class Writer:
             self._release_wake()
             if thread is not self._threads.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
-        while self._thread is None and not self._work_inline() and time.monotonic() < deadline:
+        while self._thread is None and not self._work_here() and time.monotonic() < deadline:
             with self._lock:
                 self._progress.wait(_RETRY_SECONDS)
         with self._lock:
@@ -4025,31 +4029,16 @@ class Writer:
             self._appender.lose(1, "full", "the queue was full (on_full: drop)")
             self._diagnostics.tell()
             return False
-        if self._is_writing_thread():  # such as a logging handler in it
-            return True
-        self._diagnostics.report("full", "the queue is full: callers wait (on_full: block)")
-        return self._wait_until(lambda: self._queued_bytes <= QUEUE_BYTES or self._closing, inf)
-
-    def _wait_until(self, done: Callable[[], bool], deadline: float) -> bool:
-        """Wait for the writer, or do its work; False after the deadline."""
-        while not done():
-            if self._asleep:  # a caller was interrupted, or there is no thread
-                self._rouse()
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return False
-            longest = _RETRY_SECONDS if self._thread is None else threading.TIMEOUT_MAX
-            with self._lock:
-                if not done():
-                    self._progress.wait(min(left, longest))
-        return True
+        if not self._is_writing_thread():  # such as a logging handler in it
+            self._diagnostics.report("full", "the queue is full: callers wait (on_full: block)")
+        return self.wait_for(lambda: self._queued_bytes <= QUEUE_BYTES or self._closing)
 
     def _rouse(self) -> None:
         """Wake the writer, start it, or do its work here."""
         if self._thread is not None or self._start_thread():
             self._release_wake()
         else:
-            self._work_inline()
+            self._work_here()
 
     def _hurry(self) -> None:
         """Have the thread gather no longer, now or the next time."""
@@ -4084,8 +4073,8 @@ class Writer:
                     self._diagnostics.note("thread", text, error=error)
         return False
 
-    def _work_inline(self) -> bool:
-        """Do the writer's work here, once; False if something is left to do."""
+    def _work_here(self) -> bool:
+        """Do the writer's work in this thread, once; False if something is left to do."""
         me = self._threads.get_ident()
         if self._inline == me:
             return True  # a signal handler within our write
@@ -4114,9 +4103,7 @@ class Writer:
                 self._hurried = False
                 if not (self._at_once or self._closing or is_awaited):
                     self._wake.acquire(timeout=_GATHER_SECONDS)
-                with self._writing:
-                    done = self._work()
-                self._diagnostics.tell()
+                done = self._work_here()
                 with self._lock:
                     if self._closing and not (done and self._queue):  # `close` does the rest
                         self._retire()
@@ -4142,9 +4129,8 @@ class Writer:
         """Write what is queued, let the ingester work; False if something is left."""
         done = self._drain()
         if self._closing:
-            done &= self._closed or self._sealed or self._appender.seal()  # in any case, to make room
+            done &= self._closed or self._appender.seal()  # in any case, to make room
             if done:
-                self._sealed = True
                 self.begun.close()
             return done
         now, ingester = time.monotonic(), self._ingester
