@@ -244,8 +244,8 @@ class _YamlReader:
     """Reads one YAML document. `places`: of pairs, by id of the mapping and key."""
 
     def __init__(self, text: str | bytes, path: str | None) -> None:
-        self.path, self.pos, self.depth, self.text = path, 0, 0, ""
-        self.places: dict[tuple[int, object], int] = {}  # of pairs, by id of the mapping and key
+        self.path, self.pos, self.depth = path, 0, 0
+        self.places: dict[tuple[int, object], int] = {}
         if isinstance(text, bytes):
             text = text.decode("utf-8", "surrogateescape")
         self.text = re.sub("\r\n?", "\n", text).removeprefix("\ufeff")
@@ -2474,7 +2474,7 @@ def clip_plain(plain: Any, max_bytes: int) -> Any:
     if size <= max_bytes:
         return plain
     if not isinstance(plain, (dict, list)):
-        return _clip_text(plain if isinstance(plain, str) else str(plain), max_bytes)
+        return _clip_text(str(plain), max_bytes)
     note = f"…[CUT: {size} bytes, {len(plain)} items]"
     room = left = max_bytes - 14 - len(json.dumps(note))
     if room < 64:
@@ -3575,9 +3575,8 @@ class Appender:
                 self._before += 1
                 self.lose(1, "limit", "the event is larger than a file may be (RLIMIT_FSIZE)")
                 return
-            half = 0 if before else len(piece) // 2
-            for part in filter(None, (piece[:half], piece[half:])):
-                self.append(part)
+            for line in piece:
+                self.append([line])
         if segment.size >= SEGMENT_BYTES:
             self.seal()
 
@@ -3748,9 +3747,10 @@ class Ingester:
                 pass
             if not is_free:  # perhaps for long
                 appender.record_losses()
-            elif appender.sealed or appender.seal():
-                return self._start()
-            self._answered({"busy": not is_free})
+            if is_free and (appender.sealed or appender.seal()):
+                self._start()
+            else:
+                self._answered({"busy": not is_free})
         except Exception as error:
             self._answered({"fault": str(error)})
 
@@ -3904,10 +3904,10 @@ class Writer:
         self._wake.acquire()
         self._queue: list[bytes] = []
         self._queued_bytes = self._finished = 0  # of the queue; lines that left it
-        self._due = self._look_at = self._step_at = 0.0  # seconds; moments of checks
+        self._due = self._step_at = 0.0  # seconds until a step; when to look after the rest
         self._waiting: list[tuple[Callable[[], bool], Callable[[], object]]] = []  # what for, callback
         self._asleep, self._hurried = True, False  # somebody waits for the next round
-        self._closing = self._closed = False
+        self._closing = self._sealed = self._closed = False
         self._inline = 0  # the number of a caller's thread that writes
         self._thread: threading.Thread | None = None
 
@@ -4057,21 +4057,15 @@ class Writer:
                 return True
             if self._closing or not self._on_start():
                 return False
+            thread = self._threads.Thread(target=self._run, name="mxcp_audit writer", daemon=True)
             try:
-                thread = self._threads.Thread(target=self._run, name="mxcp_audit writer", daemon=True)
-                self._thread = thread
                 thread.start()
-                return True
-            except BaseException as error:
-                if self._thread is not None and self._thread.ident is None:
-                    self._thread = None
-                if not isinstance(error, RuntimeError):
-                    raise
-                # A process limit, a subinterpreter, or the program ends.
+                self._thread = thread
+            except RuntimeError as error:  # a process limit, a subinterpreter, or the program ends
                 if threading.main_thread().is_alive():
                     text = "no writer thread, callers write themselves"
                     self._diagnostics.note("thread", text, error=error)
-        return False
+            return self._thread is not None
 
     def _work_here(self) -> bool:
         """Do the writer's work in this thread, once; False if something is left to do."""
@@ -4082,8 +4076,6 @@ class Writer:
             self._inline = me
             try:
                 done = self._work()
-            except RecursionError:
-                raise
             except Exception as error:
                 done = False
                 self._diagnostics.note("writer", "writing failed; events wait in memory", error=error)
@@ -4096,6 +4088,8 @@ class Writer:
 
     def _run(self) -> None:
         me = self._threads.current_thread()
+        with self._lock:  # until `_thread` is set
+            pass
         try:
             while self._thread is me:
                 self._asleep = False
@@ -4129,8 +4123,9 @@ class Writer:
         """Write what is queued, let the ingester work; False if something is left."""
         done = self._drain()
         if self._closing:
-            done &= self._closed or self._appender.seal()  # in any case, to make room
+            done &= self._closed or self._sealed or self._appender.seal()  # in any case, to make room
             if done:
+                self._sealed = True
                 self.begun.close()
             return done
         now, ingester = time.monotonic(), self._ingester
@@ -4147,13 +4142,12 @@ class Writer:
         """Move the queue into the journal; False on a fault."""
         self._trim()  # what an interrupt left
         while True:
-            sizes, now = itertools.accumulate(map(len, self._queue)), time.monotonic()
+            sizes = itertools.accumulate(map(len, self._queue))
             piece = self._queue[: 1 + sum(1 for _ in itertools.takewhile(_PIECE_BYTES.__gt__, sizes))]
             try:
                 if piece:
                     self._appender.append(piece)
-                elif now >= self._look_at:
-                    self._look_at = now + _POLL_SECONDS
+                elif time.monotonic() >= self._step_at:
                     self._appender.present()
                 self.begun.write(self.written)
             except (OSError, JournalError, MemoryError, RuntimeError) as error:
