@@ -3442,7 +3442,6 @@ class Begun:
         self._over: dict[int, int] = {}  # by number, the ticket of its line
         self.ended = self._over.__setitem__  # for calls that `end` named
         self._size, self._signed = 0, 0.0  # of the file at first; the last sign of life
-        self.fresh = False  # there are calls on record that nobody was told of
 
     def begin(self, call: Any) -> int:
         """Return the number of a call that begins."""
@@ -3463,8 +3462,8 @@ class Begun:
                 refs[number] = self._refs.setdefault(number, (new_segment_id(wall_clock_ns()), call))
                 if number not in self._running:  # it has ended
                     del refs[number], self._refs[number]
-        fresh, is_due = bool(refs), self.on_record and time.monotonic() >= self._signed + _SIGN_SECONDS
-        if not (fresh or is_due or (ends and self._over)):
+        is_due = self.on_record and time.monotonic() >= self._signed + _SIGN_SECONDS
+        if not (refs or is_due or (ends and self._over)):
             return
         over = {number for number, ticket in self._over.copy().items() if ticket <= done}
         file = self._file
@@ -3481,7 +3480,6 @@ class Begun:
                 os.utime(file.path)  # a sign of life
             file.append(b"".join(lines), len(lines), durable=self._durable)
         self.on_record.update(refs)
-        self.fresh = fresh
         for number in over:
             del self._over[number]
             self._refs.pop(number, None)
@@ -3600,7 +3598,7 @@ class Appender:
             segment.seal()
         if segment.events:
             self.sealed[segment.path] = segment.events
-        self._before, self._segment = self.done, None
+        self._segment, self._before = None, self.done  # in this order it is never too large
 
     def _write_again(self, segment: Segment) -> None:
         """Write a segment again that was moved; empty the old one."""
@@ -3608,7 +3606,7 @@ class Appender:
         try:
             held = os.pread(segment.number(), segment.size, 0)
         except OSError as error:  # a stale network handle
-            self._before, self._segment = self.done, None
+            self._segment, self._before = None, self.done  # in this order it is never too large
             self.lose(events, "moved", "their segment was taken away and can't be read", error=error)
             segment.close()
             return
@@ -3898,6 +3896,7 @@ class Writer:
         self._ingester.start_afresh()
         self._threads = threads = native_threads()
         self._lock = threads.RLock()  # of the queue
+        # Who waits lets the lock go, though a signal came within `put`.
         self._progress = threads.Condition(self._lock)
         self._writing = threads.RLock()  # of the appender
         self._wake = threads.Lock()
@@ -3905,7 +3904,7 @@ class Writer:
         self._queue: list[bytes] = []
         self._queued_bytes = self._finished = 0  # of the queue; lines that left it
         self._due = self._step_at = 0.0  # seconds until a step; when to look after the rest
-        self._waiting: list[tuple[Callable[[], bool], Callable[[], object]]] = []  # what for, callback
+        self._waiting: dict[Callable[[], object], Callable[[], bool]] = {}  # callbacks, and what for
         self._asleep, self._hurried = True, False  # somebody waits for the next round
         self._closing = self._sealed = self._closed = False
         self._inline = 0  # the number of a caller's thread that writes
@@ -3953,25 +3952,24 @@ class Writer:
         """Wait for the writer, unless this is its thread, or do its work; False after the timeout."""
         if done() or self._is_writing_thread():
             return True
-        self._hurry()
         deadline = time.monotonic() + (inf if timeout is None else timeout)
+        self._hurry()
         while not (done() or self._closed):
             if self._asleep:  # a caller was interrupted, or there is no thread
                 self._rouse()
             if (left := deadline - time.monotonic()) <= 0:
                 break
-            longest = _RETRY_SECONDS if self._thread is None else threading.TIMEOUT_MAX
             with self._lock:
                 if not (done() or self._closed):
-                    self._progress.wait(min(left, longest))
+                    self._progress.wait(min(left, _RETRY_SECONDS if self._thread is None else 1.0))
         return done()
 
-    def call_when(self, done: Callable[[], bool], callback: Callable[[], object]) -> None:
-        """Call back, in any thread, when something is done or the writer closed."""
-        with self._lock:
-            self._waiting.append((done, callback))
+    def call_when(self, done: Callable[[], bool], callback: Callable[[], object]) -> Callable[[], object]:
+        """Call back once, in any thread, when something is done or the writer closed; return a way back."""
+        self._waiting[callback] = done
         self._hurry()
         self._call_back()
+        return lambda: self._waiting.pop(callback, done)
 
     def flush(self, timeout: float) -> bool:
         """Write all, and try once to ingest it; False if it could not be written."""
@@ -3993,20 +3991,15 @@ class Writer:
         with self._lock:
             self._closing = True
             thread = self._thread
-            self._progress.notify_all()
         if thread is not None:
             self._release_wake()
             if thread is not self._threads.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
         while self._thread is None and not self._work_here() and time.monotonic() < deadline:
-            with self._lock:
-                self._progress.wait(_RETRY_SECONDS)
-        with self._lock:
-            self._closed = True
-            self._progress.notify_all()
-            left = self.pending
+            time.sleep(_RETRY_SECONDS)
+        self._closed = True
         self._call_back()
-        return left
+        return self.pending
 
     @property
     def accepted(self) -> int:
@@ -4059,9 +4052,14 @@ class Writer:
                 return False
             thread = self._threads.Thread(target=self._run, name="mxcp_audit writer", daemon=True)
             try:
+                self._thread = thread  # first: a signal handler within `start` may log
                 thread.start()
-                self._thread = thread
-            except RuntimeError as error:  # a process limit, a subinterpreter, or the program ends
+            except BaseException as error:
+                if thread.ident is None:
+                    self._thread = None
+                if not isinstance(error, RuntimeError):
+                    raise
+                # A process limit, a subinterpreter, or the program ends.
                 if threading.main_thread().is_alive():
                     text = "no writer thread, callers write themselves"
                     self._diagnostics.note("thread", text, error=error)
@@ -4088,8 +4086,6 @@ class Writer:
 
     def _run(self) -> None:
         me = self._threads.current_thread()
-        with self._lock:  # until `_thread` is set
-            pass
         try:
             while self._thread is me:
                 self._asleep = False
@@ -4100,24 +4096,15 @@ class Writer:
                 done = self._work_here()
                 with self._lock:
                     if self._closing and not (done and self._queue):  # `close` does the rest
-                        self._retire()
-                    elif not done:
-                        self._progress.wait(_RETRY_SECONDS)
-                    elif not self._queue:
-                        self._asleep = True
-                if self._asleep and self._thread is me:
+                        self._thread = None
+                    self._asleep = self._thread is None or (done and not self._queue)
+                if self._thread is me and (self._asleep or not done):
                     due = min(self._due, self.begun.due_in(), threading.TIMEOUT_MAX)
-                    self._wake.acquire(timeout=due)
+                    self._wake.acquire(timeout=due if done else _RETRY_SECONDS)
         except BaseException as error:
-            with self._lock:
-                self._retire()
+            self._thread, self._asleep = None, True
             text = "the writer thread ended; the next event starts another"
             self._diagnostics.report("writer", text, error=error)
-
-    def _retire(self) -> None:
-        """Leave the next line to its caller, or to a new thread; hold the lock."""
-        self._thread, self._asleep = None, True
-        self._progress.notify_all()
 
     def _work(self) -> bool:
         """Write what is queued, let the ingester work; False if something is left."""
@@ -4131,11 +4118,9 @@ class Writer:
         now, ingester = time.monotonic(), self._ingester
         self._due = _GATHER_SECONDS
         if now >= self._step_at or ingester.wanted > ingester.tried:
-            self._step_at, tried = now + _GATHER_SECONDS, ingester.tried
+            self._step_at = now + _GATHER_SECONDS
             self._due = ingester.step()
-            if ingester.tried > tried or ingester.stopped:
-                with self._lock:
-                    self._progress.notify_all()
+            self._call_back()
         return done
 
     def _drain(self) -> bool:
@@ -4161,8 +4146,6 @@ class Writer:
 
     def _trim(self) -> None:
         """Take what is written out of the queue, and wake who waits for it."""
-        if self.written == self._finished and not self.begun.fresh:
-            return
         with self._lock:
             written = self.written
             gone = self._queue[: written - self._finished]
@@ -4171,18 +4154,16 @@ class Writer:
             del self._queue[:count]
             self._finished = written
             self._queued_bytes = left if self._queue else 0
-            self.begun.fresh = False
-            self._progress.notify_all()
-        if self._waiting:
-            self._call_back()
+        self._call_back()
 
     def _call_back(self) -> None:
+        """Wake who waits, and call back those whose turn it is."""
         with self._lock:
-            due = [entry for entry in self._waiting if entry[0]() or self._closed]
-            self._waiting = [entry for entry in self._waiting if entry not in due]
-        for _, callback in due:
-            with suppress(RuntimeError):  # its event loop is closed
-                callback()
+            self._progress.notify_all()
+        for callback, done in self._waiting.copy().items():
+            if (self._closed or done()) and self._waiting.pop(callback, None) is done:
+                with suppress(RuntimeError):  # its event loop is closed
+                    callback()
 
 
 # === Calls ===
@@ -5408,8 +5389,8 @@ class AuditLogger(contextlib.AbstractContextManager["AuditLogger"]):
         loop = running_loop and running_loop()
         if loop is not None and not done():  # None: another kind of event loop
             over = sys.modules["asyncio"].Event()
-            self._writer.call_when(done, lambda: loop.call_soon_threadsafe(over.set))
             with contextlib.ExitStack() as stack:
+                stack.callback(self._writer.call_when(done, lambda: loop.call_soon_threadsafe(over.set)))
                 if call.strict:
                     stack.callback(loop.call_later(self.config.strict_timeout, over.set).cancel)
                 await over.wait()
