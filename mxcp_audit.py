@@ -2631,8 +2631,7 @@ class Encoder:
         except Exception:  # as in `line`
             text = self._members(NEW_COLUMNS[:4], parties)
             self._keep(parties, text)
-        text += self._members(NEW_COLUMNS[4:6], more[4:6])
-        flag, (result_bytes, context) = "", more[6:]
+        flag, text, (result_bytes, context) = "", text + self._members(NEW_COLUMNS[4:6], more[4:6]), more[6:]
         if type(result_bytes) is int and 0 <= result_bytes <= LARGEST["BIGINT"]:
             text += f',"result_bytes":{result_bytes}'
         elif result_bytes is not None:
@@ -3018,13 +3017,12 @@ def calls_in(data: bytes) -> dict[str, dict[str, Any]]:
     return calls
 
 
-def lines_of(calls: Mapping[str, dict[str, Any]], moment: str, *, over: bool) -> bytes:
+def lines_of(calls: Mapping[str, dict[str, Any]], now: datetime.datetime, *, over: bool) -> bytes:
     """Return lines of calls: over at a moment, or running, with `seq` 0."""
     lines: list[bytes] = []
-    now = datetime.datetime.strptime(moment, LINE_TIME)
     for call, event in sorted(calls.items()):
         with suppress(ValueError, LookupError, TypeError):  # damaged, or not ours
-            begun = datetime.datetime.strptime(event["timestamp"], LINE_TIME)
+            begun = parse_iso(event["timestamp"])
             context = {**json.loads(event.get("context") or "{}"), "mxcp.call": call}
             line = {**event, "duration_ms": _clamped((now - begun).total_seconds() * 1000)}
             line |= {"context": json.dumps(context), "seq": (len(lines) + 1) * over}
@@ -3244,20 +3242,18 @@ class Journal:
                     stack.pop_all()
                     return segment
 
-    def begun(self, *, live: bool) -> Iterator[tuple[str, str, dict[str, dict[str, Any]]]]:
+    def begun(self, *, live: bool) -> Iterator[tuple[str, datetime.datetime, dict[str, dict[str, Any]]]]:
         """Yield path, last sign of life and calls of each process."""
         for path in self._files(_BEGUN_SUFFIX):
             with suppress(OSError), open_file(path) as file:  # gone, not ours, or no locks
-                fd = file.fileno()
-                found = os.fstat(fd)
-                if try_lock(fd) is not live and _key_at(path) == _key(found):
+                found = os.fstat(file.fileno())
+                if try_lock(file.fileno()) is not live and _key_at(path) == _key(found):
                     sign = datetime.datetime.fromtimestamp(found.st_mtime, datetime.timezone.utc)
-                    yield path, sign.strftime(LINE_TIME), calls_in(file.read())
+                    yield path, sign, calls_in(file.read())
 
     def running(self) -> bytes:
         """Return lines of the calls that run on this host."""
-        now = utc_now().strftime(LINE_TIME)
-        return b"".join([lines_of(calls, now, over=False) for *_, calls in self.begun(live=True)])
+        return b"".join([lines_of(calls, utc_now(), over=False) for *_, calls in self.begun(live=True)])
 
     def unfinished(self) -> Iterator[tuple[str, bytes]]:
         """Yield path and lines of a segment for each ended process."""
@@ -3288,16 +3284,14 @@ class Journal:
             if segment_id_of(path) in skip:
                 continue
             try:
-                fd = os.open(path, os.O_RDWR | _NO_FOLLOW)
-                with trying_lock(fd) as is_free:
-                    if not is_free or _key_at(path) != _key(os.fstat(fd)):
-                        continue
-                    claim = Claim(path, fd)
-                    if claim.lines:
-                        claims.append(claim)
-                        limit_bytes -= claim.size
-                    else:
-                        os.unlink(path)
+                with trying_lock(fd := os.open(path, os.O_RDWR | _NO_FOLLOW)) as is_free:
+                    if is_free and _key_at(path) == _key(os.fstat(fd)):
+                        claim = Claim(path, fd)
+                        if claim.lines:
+                            claims.append(claim)
+                            limit_bytes -= claim.size
+                        else:
+                            os.unlink(path)
             except FileNotFoundError:
                 pass
             except OSError as error:
@@ -3309,7 +3303,6 @@ class Journal:
         """Count the files by state, for `doctor`."""
         state: dict[str, Any] = dict.fromkeys(("live", "sealed", "orphaned", "bytes"), 0)
         state |= {kind: len(self._files("." + kind)) for kind in ("torn", "rejected")}
-        state["oldest_pending"] = None
         for path in self.segments():
             try:
                 with open_file(path) as file:
@@ -3321,13 +3314,13 @@ class Journal:
                         state["sealed"] += 1
                         state["orphaned"] += self._clock() - found.st_mtime_ns > _ORPHAN_SECONDS * 1e9
                         begin = re.match(rb'\{"timestamp":\s*"([^"]{1,40})"', file.read(100))
-                        if begin and state["oldest_pending"] is None:
-                            state["oldest_pending"] = begin[1].decode("ascii", "replace")
+                        if begin:
+                            state.setdefault("oldest_pending", begin[1].decode("ascii", "replace"))
             except FileNotFoundError:
                 pass
             except OSError as error:
                 raise JournalError(f"can't be examined: {error.strerror}", path=path) from error
-        return state
+        return {"oldest_pending": None, **state}
 
     def waiting_bytes(self) -> int:
         """Return the size of all segments."""
@@ -4141,11 +4134,12 @@ class Writer:
                 return False
             finally:
                 self._trim()
+                self._call_back()
             if not self._queue:
                 return True
 
     def _trim(self) -> None:
-        """Take what is written out of the queue, and wake who waits for it."""
+        """Take what is written out of the queue."""
         with self._lock:
             written = self.written
             gone = self._queue[: written - self._finished]
@@ -4154,7 +4148,6 @@ class Writer:
             del self._queue[:count]
             self._finished = written
             self._queued_bytes = left if self._queue else 0
-        self._call_back()
 
     def _call_back(self) -> None:
         """Wake who waits, and call back those whose turn it is."""
