@@ -245,8 +245,8 @@ class _YamlReader:
     """Reads one YAML document. `places`: of pairs, by id of the mapping and key."""
 
     def __init__(self, text: str | bytes, path: str | None) -> None:
-        self.path, self.pos, self.depth, self.text = path, 0, 0, ""
-        self.places: dict[tuple[int, object], int] = {}  # of pairs, by id of the mapping and key
+        self.path, self.pos, self.depth = path, 0, 0
+        self.places: dict[tuple[int, object], int] = {}
         if isinstance(text, bytes):
             text = text.decode("utf-8", "surrogateescape")
         self.text = re.sub("\r\n?", "\n", text).removeprefix("\ufeff")
@@ -2475,7 +2475,7 @@ def clip_plain(plain: Any, max_bytes: int) -> Any:
     if size <= max_bytes:
         return plain
     if not isinstance(plain, (dict, list)):
-        return _clip_text(plain if isinstance(plain, str) else str(plain), max_bytes)
+        return _clip_text(str(plain), max_bytes)
     note = f"…[CUT: {size} bytes, {len(plain)} items]"
     room = left = max_bytes - 14 - len(json.dumps(note))
     if room < 64:
@@ -2632,8 +2632,7 @@ class Encoder:
         except Exception:  # as in `line`
             text = self._members(NEW_COLUMNS[:4], parties)
             self._keep(parties, text)
-        text += self._members(NEW_COLUMNS[4:6], more[4:6])
-        flag, (result_bytes, context) = "", more[6:]
+        flag, text, (result_bytes, context) = "", text + self._members(NEW_COLUMNS[4:6], more[4:6]), more[6:]
         if type(result_bytes) is int and 0 <= result_bytes <= LARGEST["BIGINT"]:
             text += f',"result_bytes":{result_bytes}'
         elif result_bytes is not None:
@@ -3019,13 +3018,12 @@ def calls_in(data: bytes) -> dict[str, dict[str, Any]]:
     return calls
 
 
-def lines_of(calls: Mapping[str, dict[str, Any]], moment: str, *, over: bool) -> bytes:
+def lines_of(calls: Mapping[str, dict[str, Any]], now: datetime.datetime, *, over: bool) -> bytes:
     """Return lines of calls: over at a moment, or running, with `seq` 0."""
     lines: list[bytes] = []
-    now = datetime.datetime.strptime(moment, LINE_TIME)
     for call, event in sorted(calls.items()):
         with suppress(ValueError, LookupError, TypeError):  # damaged, or not ours
-            begun = datetime.datetime.strptime(event["timestamp"], LINE_TIME)
+            begun = parse_iso(event["timestamp"])
             context = {**json.loads(event.get("context") or "{}"), "mxcp.call": call}
             line = {**event, "duration_ms": _clamped((now - begun).total_seconds() * 1000)}
             line |= {"context": json.dumps(context), "seq": (len(lines) + 1) * over}
@@ -3245,20 +3243,18 @@ class Journal:
                     stack.pop_all()
                     return segment
 
-    def begun(self, *, live: bool) -> Iterator[tuple[str, str, dict[str, dict[str, Any]]]]:
+    def begun(self, *, live: bool) -> Iterator[tuple[str, datetime.datetime, dict[str, dict[str, Any]]]]:
         """Yield path, last sign of life and calls of each process."""
         for path in self._files(_BEGUN_SUFFIX):
             with suppress(OSError), open_file(path) as file:  # gone, not ours, or no locks
-                fd = file.fileno()
-                found = os.fstat(fd)
-                if try_lock(fd) is not live and _key_at(path) == _key(found):
+                found = os.fstat(file.fileno())
+                if try_lock(file.fileno()) is not live and _key_at(path) == _key(found):
                     sign = datetime.datetime.fromtimestamp(found.st_mtime, datetime.timezone.utc)
-                    yield path, sign.strftime(LINE_TIME), calls_in(file.read())
+                    yield path, sign, calls_in(file.read())
 
     def running(self) -> bytes:
         """Return lines of the calls that run on this host."""
-        now = utc_now().strftime(LINE_TIME)
-        return b"".join([lines_of(calls, now, over=False) for *_, calls in self.begun(live=True)])
+        return b"".join([lines_of(calls, utc_now(), over=False) for *_, calls in self.begun(live=True)])
 
     def unfinished(self) -> Iterator[tuple[str, bytes]]:
         """Yield path and lines of a segment for each ended process."""
@@ -3289,16 +3285,14 @@ class Journal:
             if segment_id_of(path) in skip:
                 continue
             try:
-                fd = os.open(path, os.O_RDWR | _NO_FOLLOW)
-                with trying_lock(fd) as is_free:
-                    if not is_free or _key_at(path) != _key(os.fstat(fd)):
-                        continue
-                    claim = Claim(path, fd)
-                    if claim.lines:
-                        claims.append(claim)
-                        limit_bytes -= claim.size
-                    else:
-                        os.unlink(path)
+                with trying_lock(fd := os.open(path, os.O_RDWR | _NO_FOLLOW)) as is_free:
+                    if is_free and _key_at(path) == _key(os.fstat(fd)):
+                        claim = Claim(path, fd)
+                        if claim.lines:
+                            claims.append(claim)
+                            limit_bytes -= claim.size
+                        else:
+                            os.unlink(path)
             except FileNotFoundError:
                 pass
             except OSError as error:
@@ -3310,7 +3304,6 @@ class Journal:
         """Count the files by state, for `doctor`."""
         state: dict[str, Any] = dict.fromkeys(("live", "sealed", "orphaned", "bytes"), 0)
         state |= {kind: len(self._files("." + kind)) for kind in ("torn", "rejected")}
-        state["oldest_pending"] = None
         for path in self.segments():
             try:
                 with open_file(path) as file:
@@ -3322,13 +3315,13 @@ class Journal:
                         state["sealed"] += 1
                         state["orphaned"] += self._clock() - found.st_mtime_ns > _ORPHAN_SECONDS * 1e9
                         begin = re.match(rb'\{"timestamp":\s*"([^"]{1,40})"', file.read(100))
-                        if begin and state["oldest_pending"] is None:
-                            state["oldest_pending"] = begin[1].decode("ascii", "replace")
+                        if begin:
+                            state.setdefault("oldest_pending", begin[1].decode("ascii", "replace"))
             except FileNotFoundError:
                 pass
             except OSError as error:
                 raise JournalError(f"can't be examined: {error.strerror}", path=path) from error
-        return state
+        return {"oldest_pending": None, **state}
 
     def waiting_bytes(self) -> int:
         """Return the size of all segments."""
@@ -3407,12 +3400,11 @@ class Diagnostics:
 
     def tell(self) -> None:
         """Log what was noted. Hold no lock: handlers log events."""
-        if self.untold and self._log is not None:
+        while self.untold and self._log is not None:  # handlers may tell, too
             with suppress(Exception):  # of a broken handler
+                level, _, text = self.untold.pop(0)
                 self._log.disabled = False  # dictConfig disables what it doesn't name
-                while self.untold:  # handlers may tell, too
-                    level, _, text = self.untold.pop(0)
-                    self._log.log(level, "mxcp_audit: %s", text)
+                self._log.log(level, "mxcp_audit: %s", text)
 
     def report(self, kind: str, text: str, *, error: BaseException | None = None) -> None:
         self.note(kind, text, error=error)
@@ -3444,7 +3436,6 @@ class Begun:
         self._over: dict[int, int] = {}  # by number, the ticket of its line
         self.ended = self._over.__setitem__  # for calls that `end` named
         self._size, self._signed = 0, 0.0  # of the file at first; the last sign of life
-        self.fresh = False  # there are calls on record that nobody was told of
 
     def begin(self, call: Any) -> int:
         """Return the number of a call that begins."""
@@ -3462,13 +3453,11 @@ class Begun:
         refs = {}
         for due, number, call in self._waiting():
             if due <= 0.0:
-                ref = self._refs.setdefault(number, (new_segment_id(wall_clock_ns()), call))
-                if number in self._running:
-                    refs[number] = ref
-                else:  # it has ended
-                    del self._refs[number]
-        fresh, is_due = bool(refs), self.on_record and time.monotonic() >= self._signed + _SIGN_SECONDS
-        if not (fresh or is_due or (ends and self._over)):
+                refs[number] = self._refs.setdefault(number, (new_segment_id(wall_clock_ns()), call))
+                if number not in self._running:  # it has ended
+                    del refs[number], self._refs[number]
+        is_due = self.on_record and time.monotonic() >= self._signed + _SIGN_SECONDS
+        if not (refs or is_due or (ends and self._over)):
             return
         over = {number for number, ticket in self._over.copy().items() if ticket <= done}
         file = self._file
@@ -3485,7 +3474,6 @@ class Begun:
                 os.utime(file.path)  # a sign of life
             file.append(b"".join(lines), len(lines), durable=self._durable)
         self.on_record.update(refs)
-        self.fresh = fresh
         for number in over:
             del self._over[number]
             self._refs.pop(number, None)
@@ -3579,9 +3567,8 @@ class Appender:
                 self._before += 1
                 self.lose(1, "limit", "the event is larger than a file may be (RLIMIT_FSIZE)")
                 return
-            half = 0 if before else len(piece) // 2
-            for part in filter(None, (piece[:half], piece[half:])):
-                self.append(part)
+            for line in piece:
+                self.append([line])
         if segment.size >= SEGMENT_BYTES:
             self.seal()
 
@@ -3605,7 +3592,7 @@ class Appender:
             segment.seal()
         if segment.events:
             self.sealed[segment.path] = segment.events
-        self._before, self._segment = self.done, None
+        self._segment, self._before = None, self.done  # in this order it is never too large
 
     def _write_again(self, segment: Segment) -> None:
         """Write a segment again that was moved; empty the old one."""
@@ -3613,7 +3600,7 @@ class Appender:
         try:
             held = os.pread(segment.number(), segment.size, 0)
         except OSError as error:  # a stale network handle
-            self._before, self._segment = self.done, None
+            self._segment, self._before = None, self.done  # in this order it is never too large
             self.lose(events, "moved", "their segment was taken away and can't be read", error=error)
             segment.close()
             return
@@ -3750,12 +3737,12 @@ class Ingester:
                 raise JournalError(f"{reason}: only shutdown ingests", path=appender.journal.directory)
             with appender.journal.ingest_lock() as is_free:
                 pass
-            if is_free and (appender.sealed or appender.seal()):
-                self._start()
-                return
             if not is_free:  # perhaps for long
                 appender.record_losses()
-            self._answered({"busy": not is_free})
+            if is_free and (appender.sealed or appender.seal()):
+                self._start()
+            else:
+                self._answered({"busy": not is_free})
         except Exception as error:
             self._answered({"fault": str(error)})
 
@@ -3903,14 +3890,15 @@ class Writer:
         self._ingester.start_afresh()
         self._threads = threads = native_threads()
         self._lock = threads.RLock()  # of the queue
+        # Who waits lets the lock go, though a signal came within `put`.
         self._progress = threads.Condition(self._lock)
         self._writing = threads.RLock()  # of the appender
         self._wake = threads.Lock()
         self._wake.acquire()
         self._queue: list[bytes] = []
         self._queued_bytes = self._finished = 0  # of the queue; lines that left it
-        self._due = self._look_at = self._step_at = 0.0  # seconds; moments of checks
-        self._waiting: list[tuple[Callable[[], bool], Callable[[], object]]] = []  # what for, callback
+        self._due = self._step_at = 0.0  # seconds until a step; when to look after the rest
+        self._waiting: dict[Callable[[], object], Callable[[], bool]] = {}  # callbacks, and what for
         self._asleep, self._hurried = True, False  # somebody waits for the next round
         self._closing = self._sealed = self._closed = False
         self._inline = 0  # the number of a caller's thread that writes
@@ -3955,20 +3943,27 @@ class Writer:
         return self.wait_for(lambda: self.written >= ticket, timeout)
 
     def wait_for(self, done: Callable[[], bool], timeout: float | None = None) -> bool:
-        """Wait for the writer, unless this is its thread; False after the timeout."""
-        if self._is_writing_thread():
+        """Wait for the writer, unless this is its thread, or do its work; False after the timeout."""
+        if done() or self._is_writing_thread():
             return True
-        self._hurry()
         deadline = time.monotonic() + (inf if timeout is None else timeout)
-        self._wait_until(lambda: done() or self._closed, deadline)
+        self._hurry()
+        while not (done() or self._closed):
+            if self._asleep:  # a caller was interrupted, or there is no thread
+                self._rouse()
+            if (left := deadline - time.monotonic()) <= 0:
+                break
+            with self._lock:
+                if not (done() or self._closed):
+                    self._progress.wait(min(left, _RETRY_SECONDS if self._thread is None else 1.0))
         return done()
 
-    def call_when(self, done: Callable[[], bool], callback: Callable[[], object]) -> None:
-        """Call back, in any thread, when something is done or the writer closed."""
-        with self._lock:
-            self._waiting.append((done, callback))
+    def call_when(self, done: Callable[[], bool], callback: Callable[[], object]) -> Callable[[], object]:
+        """Call back once, in any thread, when something is done or the writer closed; return a way back."""
+        self._waiting[callback] = done
         self._hurry()
         self._call_back()
+        return lambda: self._waiting.pop(callback, done)
 
     def flush(self, timeout: float) -> bool:
         """Write all, and try once to ingest it; False if it could not be written."""
@@ -3977,11 +3972,11 @@ class Writer:
             return not self.pending
         ingester = self._ingester
         with self._lock:
-            ingester.wanted += 1
-            wanted = ingester.wanted
-        if not (ingester.stopped or self._closing):
-            self._rouse()
-        self._wait_until(lambda: ingester.tried >= wanted or ingester.stopped or self._closing, deadline)
+            ingester.wanted = wanted = ingester.wanted + 1
+        if self._at_once:  # else `wait_for` does this
+            self._release_wake()
+        left = deadline - time.monotonic()
+        self.wait_for(lambda: ingester.tried >= wanted or ingester.stopped or self._closing, left)
         return True
 
     def close(self, timeout: float) -> int:
@@ -3990,20 +3985,15 @@ class Writer:
         with self._lock:
             self._closing = True
             thread = self._thread
-            self._progress.notify_all()
         if thread is not None:
             self._release_wake()
             if thread is not self._threads.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
-        while self._thread is None and not self._work_inline() and time.monotonic() < deadline:
-            with self._lock:
-                self._progress.wait(_RETRY_SECONDS)
-        with self._lock:
-            self._closed = True
-            self._progress.notify_all()
-            left = self.pending
+        while self._thread is None and not self._work_here() and time.monotonic() < deadline:
+            time.sleep(_RETRY_SECONDS)
+        self._closed = True
         self._call_back()
-        return left
+        return self.pending
 
     @property
     def accepted(self) -> int:
@@ -4026,31 +4016,16 @@ class Writer:
             self._appender.lose(1, "full", "the queue was full (on_full: drop)")
             self._diagnostics.tell()
             return False
-        if self._is_writing_thread():  # such as a logging handler in it
-            return True
-        self._diagnostics.report("full", "the queue is full: callers wait (on_full: block)")
-        return self._wait_until(lambda: self._queued_bytes <= QUEUE_BYTES or self._closing, inf)
-
-    def _wait_until(self, done: Callable[[], bool], deadline: float) -> bool:
-        """Wait for the writer, or do its work; False after the deadline."""
-        while not done():
-            if self._asleep:  # a caller was interrupted, or there is no thread
-                self._rouse()
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return False
-            longest = _RETRY_SECONDS if self._thread is None else threading.TIMEOUT_MAX
-            with self._lock:
-                if not done():
-                    self._progress.wait(min(left, longest))
-        return True
+        if not self._is_writing_thread():  # such as a logging handler in it
+            self._diagnostics.report("full", "the queue is full: callers wait (on_full: block)")
+        return self.wait_for(lambda: self._queued_bytes <= QUEUE_BYTES or self._closing)
 
     def _rouse(self) -> None:
         """Wake the writer, start it, or do its work here."""
         if self._thread is not None or self._start_thread():
             self._release_wake()
         else:
-            self._work_inline()
+            self._work_here()
 
     def _hurry(self) -> None:
         """Have the thread gather no longer, now or the next time."""
@@ -4069,13 +4044,12 @@ class Writer:
                 return True
             if self._closing or not self._on_start():
                 return False
+            thread = self._threads.Thread(target=self._run, name="mxcp_audit writer", daemon=True)
             try:
-                thread = self._threads.Thread(target=self._run, name="mxcp_audit writer", daemon=True)
-                self._thread = thread
+                self._thread = thread  # first: a signal handler within `start` may log
                 thread.start()
-                return True
             except BaseException as error:
-                if self._thread is not None and self._thread.ident is None:
+                if thread.ident is None:
                     self._thread = None
                 if not isinstance(error, RuntimeError):
                     raise
@@ -4083,10 +4057,10 @@ class Writer:
                 if threading.main_thread().is_alive():
                     text = "no writer thread, callers write themselves"
                     self._diagnostics.note("thread", text, error=error)
-        return False
+            return self._thread is not None
 
-    def _work_inline(self) -> bool:
-        """Do the writer's work here, once; False if something is left to do."""
+    def _work_here(self) -> bool:
+        """Do the writer's work in this thread, once; False if something is left to do."""
         me = self._threads.get_ident()
         if self._inline == me:
             return True  # a signal handler within our write
@@ -4094,8 +4068,6 @@ class Writer:
             self._inline = me
             try:
                 done = self._work()
-            except RecursionError:
-                raise
             except Exception as error:
                 done = False
                 self._diagnostics.note("writer", "writing failed; events wait in memory", error=error)
@@ -4115,29 +4087,18 @@ class Writer:
                 self._hurried = False
                 if not (self._at_once or self._closing or is_awaited):
                     self._wake.acquire(timeout=_GATHER_SECONDS)
-                with self._writing:
-                    done = self._work()
-                self._diagnostics.tell()
+                done = self._work_here()
                 with self._lock:
                     if self._closing and not (done and self._queue):  # `close` does the rest
-                        self._retire()
-                    elif not done:
-                        self._progress.wait(_RETRY_SECONDS)
-                    elif not self._queue:
-                        self._asleep = True
-                if self._asleep and self._thread is me:
+                        self._thread = None
+                    self._asleep = self._thread is None or (done and not self._queue)
+                if self._thread is me and (self._asleep or not done):
                     due = min(self._due, self.begun.due_in(), threading.TIMEOUT_MAX)
-                    self._wake.acquire(timeout=due)
+                    self._wake.acquire(timeout=due if done else _RETRY_SECONDS)
         except BaseException as error:
-            with self._lock:
-                self._retire()
+            self._thread, self._asleep = None, True
             text = "the writer thread ended; the next event starts another"
             self._diagnostics.report("writer", text, error=error)
-
-    def _retire(self) -> None:
-        """Leave the next line to its caller, or to a new thread; hold the lock."""
-        self._thread, self._asleep = None, True
-        self._progress.notify_all()
 
     def _work(self) -> bool:
         """Write what is queued, let the ingester work; False if something is left."""
@@ -4151,24 +4112,21 @@ class Writer:
         now, ingester = time.monotonic(), self._ingester
         self._due = _GATHER_SECONDS
         if now >= self._step_at or ingester.wanted > ingester.tried:
-            self._step_at, tried = now + _GATHER_SECONDS, ingester.tried
+            self._step_at = now + _GATHER_SECONDS
             self._due = ingester.step()
-            if ingester.tried > tried or ingester.stopped:
-                with self._lock:
-                    self._progress.notify_all()
+            self._call_back()
         return done
 
     def _drain(self) -> bool:
         """Move the queue into the journal; False on a fault."""
         self._trim()  # what an interrupt left
         while True:
-            sizes, now = itertools.accumulate(map(len, self._queue)), time.monotonic()
+            sizes = itertools.accumulate(map(len, self._queue))
             piece = self._queue[: 1 + sum(1 for _ in itertools.takewhile(_PIECE_BYTES.__gt__, sizes))]
             try:
                 if piece:
                     self._appender.append(piece)
-                elif now >= self._look_at:
-                    self._look_at = now + _POLL_SECONDS
+                elif time.monotonic() >= self._step_at:
                     self._appender.present()
                 self.begun.write(self.written)
             except (OSError, JournalError, MemoryError, RuntimeError) as error:
@@ -4177,13 +4135,12 @@ class Writer:
                 return False
             finally:
                 self._trim()
+                self._call_back()
             if not self._queue:
                 return True
 
     def _trim(self) -> None:
-        """Take what is written out of the queue, and wake who waits for it."""
-        if self.written == self._finished and not self.begun.fresh:
-            return
+        """Take what is written out of the queue."""
         with self._lock:
             written = self.written
             gone = self._queue[: written - self._finished]
@@ -4192,18 +4149,15 @@ class Writer:
             del self._queue[:count]
             self._finished = written
             self._queued_bytes = left if self._queue else 0
-            self.begun.fresh = False
-            self._progress.notify_all()
-        if self._waiting:
-            self._call_back()
 
     def _call_back(self) -> None:
+        """Wake who waits, and call back those whose turn it is."""
         with self._lock:
-            due = [entry for entry in self._waiting if entry[0]() or self._closed]
-            self._waiting = [entry for entry in self._waiting if entry not in due]
-        for _, callback in due:
-            with suppress(RuntimeError):  # its event loop is closed
-                callback()
+            self._progress.notify_all()
+        for callback, done in self._waiting.copy().items():
+            if (self._closed or done()) and self._waiting.pop(callback, None) is done:
+                with suppress(RuntimeError):  # its event loop is closed
+                    callback()
 
 
 # === Calls ===
@@ -5341,8 +5295,8 @@ class AuditLogger(contextlib.AbstractContextManager["AuditLogger"]):
         loop = running_loop and running_loop()
         if loop is not None and not done():  # None: another kind of event loop
             over = sys.modules["asyncio"].Event()
-            self._writer.call_when(done, lambda: loop.call_soon_threadsafe(over.set))
             with contextlib.ExitStack() as stack:
+                stack.callback(self._writer.call_when(done, lambda: loop.call_soon_threadsafe(over.set)))
                 if call.strict:
                     stack.callback(loop.call_later(self.config.strict_timeout, over.set).cancel)
                 await over.wait()
