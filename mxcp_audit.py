@@ -10311,6 +10311,24 @@ def cmd_completion(args: Args) -> None:
     print(_COMPLETION.format(commands=" ".join(commands), cases=cases))
 
 
+@contextlib.contextmanager
+def _tidied_on_term() -> Iterator[None]:
+    """Let SIGTERM, where nobody handles it, clean up as Ctrl+C does, and then end the process."""
+    import signal
+
+    def end(number: int, frame: object) -> NoReturn:
+        signal.signal(number, signal.SIG_DFL)
+        stack.callback(os.kill, os.getpid(), number)
+        raise KeyboardInterrupt
+
+    with contextlib.ExitStack() as stack:
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            with suppress(ValueError):  # this is another thread
+                signal.signal(signal.SIGTERM, end)
+                stack.callback(signal.signal, signal.SIGTERM, signal.SIG_DFL)
+        yield
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; never a traceback, except with --debug."""
     if sys.stdout is None or sys.stderr is None:  # >&-
@@ -10328,7 +10346,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
         _check_options(args)
-        code = int(globals()[f"cmd_{args.command}"](args) or 0)
+        with _tidied_on_term():
+            code = int(globals()[f"cmd_{args.command}"](args) or 0)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # nothing more may be flushed into the pipe at exit

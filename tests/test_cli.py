@@ -919,3 +919,21 @@ def test_version_of_a_module_inside_of_an_archive(tmp_path: Path, process_cli: C
         archive.write(ROOT / "mxcp_audit.py", "mxcp_audit.py")
     done = process_cli("--version", PYTHONPATH=str(tmp_path / "all.zip"))
     assert done.returncode == 0 and done.stdout.endswith(", file unknown\n")
+
+
+@one_engine
+@pytest.mark.skipif(os.name == "nt", reason="SIGTERM ends a process at once there")
+def test_fx_134_sigterm_leaves_no_half_file_and_the_old_one(filled: Path) -> None:
+    code = (
+        "import os, signal, mxcp_audit\n"
+        "def write(*args, **more):\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "mxcp_audit.Reading._write = write\n"
+        "mxcp_audit.main(['log', '--db', 'log.duckdb', '--export', 'old.csv'])\n"
+    )
+    (filled / "old.csv").write_text("old")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=filled, env=child_environment(), capture_output=True
+    )
+    assert done.returncode == -signal.SIGTERM and done.stderr == b""
+    assert (filled / "old.csv").read_text() == "old" and not list(filled.glob(".old.csv*"))
