@@ -8519,11 +8519,10 @@ def write_stats(
     figures = [[clip(_cell(row[0]), max(19, room - 75)), *row[1:8], row[10]][:count] for row in rows]
     lines = [*_table(heads, figures, width)]
     size = max(map(display_width, lines))
-    for head, index in (("LAST SEEN", 9), ("FIRST SEEN", 8)):
-        if size + 21 <= room:
-            times = (head, *(_cell(_short_time(row[index], local)) for row in rows))
-            lines = [f"{pad(line, size)}  {time}" for line, time in zip(lines, times)]
-            size += 21
+    for head, index in (("FIRST SEEN", 8), ("LAST SEEN", 9))[2 - min(2, (room - size) // 21) :]:
+        times = (head, *(_cell(_short_time(row[index], local)) for row in rows))
+        lines = [f"{pad(line, size)}  {time}" for line, time in zip(lines, times)]
+        size += 21
     values = [0, *(row[1 + STATS_COLUMNS.index(bar)] or 0 for row in rows)]
     block = "█" if (file.encoding or "utf-8").lower().startswith("utf") else "#"
     cells = min(40, room - size - 2) if width and width - size > 5 else 0
