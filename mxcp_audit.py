@@ -4044,12 +4044,12 @@ class Writer:
                 return True
             if self._closing or not self._on_start():
                 return False
-            thread = self._threads.Thread(target=self._run, name="mxcp_audit writer", daemon=True)
             try:
+                thread = self._threads.Thread(target=self._run, name="mxcp_audit writer", daemon=True)
                 self._thread = thread  # first: a signal handler within `start` may log
                 thread.start()
             except BaseException as error:
-                if thread.ident is None:
+                if self._thread is not None and self._thread.ident is None:
                     self._thread = None
                 if not isinstance(error, RuntimeError):
                     raise
