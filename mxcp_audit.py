@@ -1358,7 +1358,7 @@ xfreerdp signtool schtasks || /p /rp ; rabbitmqctl | [ac][a-z]+_[a-z]+ | #2 ; se
 redis-cli valkey-cli | AUTH | #1 #2 ; reg | [^\x1f]*[pP]assw[^\x1f]* | /d ; poetry | pypi-token\.[^\x1f]+ | #1
 ansible-vault | encrypt_string | #1 ; cargo vault | login | #1 ; isql iusql | -v | #3 ; ssh-keygen || -N -P
 vault | unseal | #1 ; influx doctl || -t. ; mc mcli | set | #4 ; net | use | #2 #3 ; db2 | using | #1
-net | user | #2 ; lftp || -u,
+net | user | #2 ; lftp || -u, ; qpdf | --encrypt | #1 #2 ; radtest || #2 #5
 """
 _LISTED_WORD = r"""["'](?:\s{0,4},\s{0,4}|\sa[0-9]{1,3}=)["']((?:[^"'\\]|\\.)*)(?=["'])"""
 _SHELL_WORD = r"""(?x)[ \t]+(?:\\\r?\n[ \t]*)*
@@ -1436,7 +1436,7 @@ class _Rules:
         ]
         self._formats: list[_Strings] = re.findall(r"(\S+)\s(\S+)", DOTTED_TOKENS)
         gates = {gate for row in self._places for gate in row[1] if gate[:1] > " "}
-        gates |= {*STEMS, *own, "db2 ", "c alias", "rabbitmqctl"}
+        gates |= {*STEMS, *own, "db2 ", "c alias", "rabbitmqctl", "radtest"}
         self._gate = _any_of(gate.lstrip("fghlnrtux") or gate for gate in gates if gate.isascii())
         self.programs: dict[str, list[tuple[str, str, bool]]] = {}
         for row in re.findall(r"[^;\s][^;\n]+", _COMMANDS):
