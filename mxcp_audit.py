@@ -1169,8 +1169,9 @@ _SEPARATOR = r"""(?x)(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
   | (?P<assign>\\{0,32}(?:["'`]|\*\*)?(?:\[\]|\])?(?:[ ]\(\w+(?:[ ]\w+){1,5}\)(?=:)|[ ]\.{2,40})?[ \t]{0,40}
       (?:=>|->[ ]|:=|[!<>=|?]{0,2}=|<>|<-[ ]|::[ ]|:(?![:/]))(?:\*\*)?
       (?:[ \t]{9,40}(?=\S)|\s{0,8})(?:!(?:vault|!\w{1,16})\s{1,4}|\\\r?\n\s{1,16})?)
-  | (?P<sibling>(?:\\{0,32}["']|\r?\n)\s{0,64},?\s{0,8}\\{0,32}["']?\w{0,16}[vV]alue\\{0,32}["']?\s{0,8}[=:]
-      \s{0,8}|["']?[ \t]-[vV]alue[ \t]{1,4}|</(?:key|name|t[hd]|dt)>\s{0,64}(?:<(?:string|value|td|dd)>){1,2}
+  | (?P<sibling>(?:\\{0,32}["']|\r?\n|,?[ ](?=[vV]alue[:=]))\s{0,64},?\s{0,8}\\{0,32}["']?\w{0,16}[vV]alue
+      \\{0,32}["']?\s{0,8}[=:]\s{0,8}|["']?[ \t]-[vV]alue[ \t]{1,4}|</(?:key|name|t[hd]|dt)>\s{0,64}
+      (?:<(?:string|value|td|dd)>){1,2}
       | ["']\s{0,4}\{(?:\s{0,16}[a-z]{4,12}\s{0,16}=[^\n]{0,200}\n){0,4}?\s{0,16}default\s{0,16}=\s{0,8})
   | (?P<percent>%(?:25)?(?:3[dD]|22%(?:25)?3[aA](?:%20|\+)?%(?:25)?22))
   | (?P<model>\r?\n[ \t]{1,8}[^\n]{1,300}?\binput_value=)
@@ -1276,8 +1277,7 @@ _LITERAL = r"""["'`]([^\s"'`\\/,;]{8,128})["'`]|\)[;\s]|\n"""
 _ASKS = (
     r"(?:sudo\s+-\w*S|stdin|-with-token|passwd|kinit|cryptsetup|se-fd|(?:env|secrets?) (?:\w+ )?[psa][ued]t?)"
 )
-# The rule ~ texts of which one must be there ~ what the last group must pass ~ the pattern: without a group a
-# quoted value follows.
+# Rule ~ texts, of which one is there ~ what the last group must pass ~ pattern; no group: a quoted value follows
 _PLACES = r"""
 a password in a URL ~ :// ~ ~ ://(?!\[)<USER>:(?![0-9]+(?:[/?#\s]|\Z))([^\s/?#"'<>\\`]+(?=@)
  |[^\s"'<>\\`]{1,300}(?=@))
@@ -1734,7 +1734,7 @@ class _Rules:
         if (
             self._is_none(shown)
             or (("==" in lead or "!=" in lead) and (weak or not quoted))  # a comparison
-            or (shown.isupper() and self.strength(shown))  # a constant's name
+            or (shown.isupper() and not bare_key and self.strength(shown))  # a constant's name
             or (called and (weak or bare_key))
             or (quoted and lead == "=" and text[at] == "`" and " " in shown)  # a command's output
             or (quoted and (len(shown) == 1 or shown[-1:] in (" ", ":")))  # the beginning of a text
