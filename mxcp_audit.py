@@ -1277,7 +1277,7 @@ _LITERAL = r"""["'`]([^\s"'`\\/,;]{8,128})["'`]|\)[;\s]|\n"""
 _ASKS = (
     r"(?:sudo\s+-\w*S|stdin|-with-token|passwd|kinit|cryptsetup|se-fd|(?:env|secrets?) (?:\w+ )?[psa][ued]t?)"
 )
-# Rule ~ texts, of which one is there ~ what the last group must pass ~ pattern; no group: a quoted value follows
+# Rule ~ texts, one of which is there ~ what the last group must pass ~ pattern (no group: a quoted value)
 _PLACES = r"""
 a password in a URL ~ :// ~ ~ ://(?!\[)<USER>:(?![0-9]+(?:[/?#\s]|\Z))([^\s/?#"'<>\\`]+(?=@)
  |[^\s"'<>\\`]{1,300}(?=@))
