@@ -3947,15 +3947,17 @@ class Writer:
         if done() or self._is_writing_thread():
             return True
         deadline = time.monotonic() + (inf if timeout is None else timeout)
+        moved = False
         self._hurry()
         while not (done() or self._closed):
-            if self._asleep:  # a caller was interrupted, or there is no thread
+            if self._asleep and not moved:  # a caller was interrupted, or there is no thread
                 self._rouse()
             if (left := deadline - time.monotonic()) <= 0:
                 break
             with self._lock:
                 if not (done() or self._closed):
-                    self._progress.wait(min(left, _RETRY_SECONDS if self._thread is None else 1.0))
+                    pause = min(left, _RETRY_SECONDS if self._thread is None else 1.0)
+                    moved = self._progress.wait(pause)  # else two would wake each other without end
         return done()
 
     def call_when(self, done: Callable[[], bool], callback: Callable[[], object]) -> Callable[[], object]:
