@@ -484,14 +484,3 @@ def test_child_that_ingests_ends_with_its_process(db: Path) -> None:
         done = run(body, db)
         with pytest.raises(ProcessLookupError):
             os.kill(int(done.stdout), 0)
-
-
-def test_who_waits_does_not_keep_the_writer_busy(db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with AuditLogger(db) as audit:
-        log(audit, "x")
-        assert audit.wait_written()
-        rounds: list[object] = []
-        work = audit._writer._work
-        monkeypatch.setattr(audit._writer, "_work", lambda: rounds.append(None) or work())
-        assert not audit._writer.wait_for(lambda: False, 0.5)
-        assert len(rounds) < 60
