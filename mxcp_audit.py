@@ -3823,7 +3823,7 @@ class Ingester:
         appender, why = self._appender, "there was no time left"
         if self._child is not None:
             self._answered(self._await_child((time.monotonic() + deadline) / 2))
-        while appender.left():
+        while appender.left() and time.monotonic() < deadline:
             if is_attach_target(str(self._settings["path"])) and not no_python():
                 self._start()  # it may wait for a server
                 answer = self._await_child(deadline)
@@ -3832,7 +3832,7 @@ class Ingester:
                 answer = ingest(self._due_settings(), wait=max(0.0, deadline - time.monotonic()))
             self._answered(answer)
             why = answer.get("fault") or "another process is ingesting"
-            if not (answer.get("busy") or answer.get("done")) or time.monotonic() >= deadline:
+            if not (answer.get("busy") or answer.get("done")):
                 break
             time.sleep(0.05 if answer.get("busy") else 0)
         appender.left()
@@ -3947,15 +3947,17 @@ class Writer:
         if done() or self._is_writing_thread():
             return True
         deadline = time.monotonic() + (inf if timeout is None else timeout)
+        moved = False
         self._hurry()
         while not (done() or self._closed):
-            if self._asleep:  # a caller was interrupted, or there is no thread
+            if self._asleep and not moved:  # a caller was interrupted, or there is no thread
                 self._rouse()
             if (left := deadline - time.monotonic()) <= 0:
                 break
             with self._lock:
                 if not (done() or self._closed):
-                    self._progress.wait(min(left, _RETRY_SECONDS if self._thread is None else 1.0))
+                    pause = min(left, _RETRY_SECONDS if self._thread is None else 1.0)
+                    moved = self._progress.wait(pause)  # else two would wake each other without end
         return done()
 
     def call_when(self, done: Callable[[], bool], callback: Callable[[], object]) -> Callable[[], object]:

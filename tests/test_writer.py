@@ -126,6 +126,20 @@ def test_waiting_ends_the_gathering(bench: Bench, monkeypatch: pytest.MonkeyPatc
     assert bench.lines() == [line(n) for n in range(200)]
 
 
+def test_fx_022_who_waits_for_an_ingest_and_the_writer_do_not_wake_each_other_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path, {"done": True})
+    rounds, work = itertools.count(), bench.writer._work
+    monkeypatch.setattr(bench.writer, "_work", lambda: (next(rounds), work())[1])
+    monkeypatch.setattr(bench.ingester, "_look", lambda: None)
+    monkeypatch.setattr(bench.ingester, "_start", lambda: setattr(bench.ingester, "_child", object()))
+    bench.writer.put(line(1))
+    assert bench.writer.flush(0.5)
+    assert next(rounds) < 50  # a look at the child each 0.1 s; it was thousands, and the child starved
+    bench.ingester._child = None
+
+
 def test_put_interrupted_on_its_way_to_wake_leaves_a_writer_that_the_next_wakes(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
