@@ -2970,6 +2970,12 @@ class Segment:
             os.ftruncate(self.number(), self.size)
             self._dirty = False
 
+    def cut_off(self) -> int:
+        """Return how many events somebody cut off, as logrotate's `copytruncate` does."""
+        size, events = self._end
+        is_whole = os.fstat(self._fd).st_size >= size
+        return 0 if is_whole else events - os.pread(self._fd, size, 0).count(b"\n")
+
     def number(self) -> int:
         """Return the descriptor; OSError if it is closed or another file's."""
         if _key(os.fstat(self._fd)) != self._key:
@@ -3590,6 +3596,9 @@ class Appender:
                 self._let_go(segment)
             elif not segment.is_in_place():
                 self._write_again(segment)
+            elif cut := segment.cut_off():
+                self._let_go(segment)
+                self.lose(cut, "cut", f"somebody cut them off {segment.path}")
         return self._segment
 
     def _open(self) -> Segment:

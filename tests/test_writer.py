@@ -227,6 +227,20 @@ def test_segment_that_was_deleted_is_written_again_once(bench: Bench) -> None:
     assert bench.lines() == [line(1), line(2)]
 
 
+@pytest.mark.parametrize("kept", [0, 1, 20])
+def test_fx_080_what_was_cut_off_a_segment_is_a_loss(bench: Bench, kept: int) -> None:
+    for n in range(3):
+        bench.writer.wait_written(bench.writer.put(line(n)))
+    (path,) = bench.journal.segments()
+    size = len(Path(path).read_bytes()) // 3
+    os.truncate(path, min(kept, 1) * size + kept // 2)  # nothing, a line, and a line and a half
+    bench.writer.wait_written(bench.writer.put(line(3)))
+    assert bench.writer.close(SAFETY_SECONDS) == 0
+    assert [each for each in bench.lines() if each in (line(0), line(3))] == [line(0), line(3)][kept == 0 :]
+    (loss,) = bench.journal.losses().values()
+    assert loss.events == (2 if kept else 3) and "cut them off" in loss.reason
+
+
 def test_idle_writer_never_wakes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.writer.put(line(1))
     assert bench.writer.flush(SAFETY_SECONDS)
