@@ -2274,10 +2274,19 @@ class _Walk:
         return "[" + ",".join(map(row.__mod__, zip(*columns))) + "]"
 
     def other(self, value: Any, kind: type, declared: _Declared | None) -> str:
-        if issubclass(kind, (bytes, bytearray)) and self.limit and len(value) > self.limit + _SLACK:
-            note = f"…[CUT: {len(value)} bytes]"
-            return encode_text(self.text(str(_content(value[: self.limit + _SLACK], bytes)), declared) + note)
-        content = _content(value, kind)
+        most = self.limit + _SLACK
+        if issubclass(kind, (bytes, bytearray)) and self.limit and (size := memoryview(value).nbytes) > most:
+            start = str(_content(memoryview(value)[:most], bytes))
+            return encode_text(self.text(start, declared) + f"…[CUT: {size} bytes]")
+        try:
+            content = _content(value, kind)
+        except INTERRUPTS:
+            with suppress(BaseException):
+                _content(value, kind)
+                most = 0
+            if most:  # it raises that each time: no signal does
+                raise ValueError from None
+            raise
         if isinstance(content, (dict, list)):
             write: Any = self.mapping if isinstance(content, dict) else self.sequence
             return str(write(content, declared, id(value)))
@@ -2524,6 +2533,7 @@ _CACHE_SIZE, _CACHED_CHARS = 1024, 512
 _NAME_BYTES = 1024  # of a name or an id
 _TEXT_BYTES = 2**16  # of an error or a reason
 REPLACEMENT = "\ufffd"
+_ODD_BYTE = re.compile("(?<![\ud800-\udbff])[\udc80-\udcff]")  # of `os.fsdecode`
 _NO_IDS = ',"user_id":null,"session_id":null,"trace_id":null'
 _NO_MORE = (None,) * len(NEW_COLUMNS)
 _PLAIN_ID = re.compile(r"[0-9a-f-]{1,64}|[A-Za-z0-9_.@-]{1,15}")  # no secret; needs no escape
@@ -2608,6 +2618,7 @@ class Encoder:
         try:
             return line.encode()
         except UnicodeEncodeError:  # surrogates; a pair is one character
+            line = _ODD_BYTE.sub(lambda found: f"{REPLACEMENT}x{ord(found[0]) - 0xDC00:x}", line)
             return line.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
     def _frame(self, *parts: object) -> tuple[str, str, str, str]:
@@ -2958,6 +2969,12 @@ class Segment:
         if self._dirty:
             os.ftruncate(self.number(), self.size)
             self._dirty = False
+
+    def cut_off(self) -> int:
+        """Return how many events somebody cut off, as logrotate's `copytruncate` does."""
+        size, events = self._end
+        is_whole = os.fstat(self._fd).st_size >= size
+        return 0 if is_whole else events - os.pread(self._fd, size, 0).count(b"\n")
 
     def number(self) -> int:
         """Return the descriptor; OSError if it is closed or another file's."""
@@ -3579,6 +3596,9 @@ class Appender:
                 self._let_go(segment)
             elif not segment.is_in_place():
                 self._write_again(segment)
+            elif cut := segment.cut_off():
+                self._let_go(segment)
+                self.lose(cut, "cut", f"somebody cut them off {segment.path}")
         return self._segment
 
     def _open(self) -> Segment:
@@ -3823,7 +3843,7 @@ class Ingester:
         appender, why = self._appender, "there was no time left"
         if self._child is not None:
             self._answered(self._await_child((time.monotonic() + deadline) / 2))
-        while appender.left():
+        while appender.left() and time.monotonic() < deadline:
             if is_attach_target(str(self._settings["path"])) and not no_python():
                 self._start()  # it may wait for a server
                 answer = self._await_child(deadline)
@@ -3832,7 +3852,7 @@ class Ingester:
                 answer = ingest(self._due_settings(), wait=max(0.0, deadline - time.monotonic()))
             self._answered(answer)
             why = answer.get("fault") or "another process is ingesting"
-            if not (answer.get("busy") or answer.get("done")) or time.monotonic() >= deadline:
+            if not (answer.get("busy") or answer.get("done")):
                 break
             time.sleep(0.05 if answer.get("busy") else 0)
         appender.left()
@@ -4895,9 +4915,12 @@ def auditing(exchange: Exchange, event_type: str, name: str | None) -> Callable[
         if isinstance(function, (classmethod, staticmethod)):
             return cast(Function, type(function)(_audited(function.__func__)))
         if not callable(function) or _is_registered(function):
-            named = f"{_get(function, '__name__', 'name')!r} already, without auditing"
-            remedy = f"write @audit.{event_type}(…) below the server's decorator"
-            raise EventError(f"the server has {named}; {remedy}", field="function")
+            known = None if isinstance(function, property) else _get(function, "__name__", "name")
+            problem = f"the server has {known!r} already, without auditing" if known else "it can't be called"
+            below = "the server's decorator" if known else "@property"
+            raise EventError(f"{problem}; write @audit.{event_type}(…) below {below}", field="function")
+        if isinstance(function, types.FunctionType) and _AUDITED.get(function) is exchange.logger:
+            function = cast(Any, function).__wrapped__  # decorated twice: one row
         bare = function.func if isinstance(function, functools.partial) else function
         own = getattr(bare, "__name__", None) or type(bare).__name__
         title, input_of = name or own, _binder(function)
@@ -4928,9 +4951,13 @@ def auditing(exchange: Exchange, event_type: str, name: str | None) -> Callable[
             wrapper.__annotations__ = {}
             with suppress(Exception):
                 wrapper.__annotations__ = inspect.get_annotations(bodies[1], eval_str=True)
+        _AUDITED[wrapper] = exchange.logger
         return cast(Function, wrapper)
 
     return _audited
+
+
+_AUDITED = weakref.WeakKeyDictionary[Any, Any]()  # decorated functions and their loggers
 
 
 def _is_registered(function: object) -> bool:

@@ -124,6 +124,28 @@ def test_record_denied_by_found_in_causes_and_groups(audit: AuditLogger, python:
     assert (event["policy_decision"], event["reason"]) == ("deny", "not an admin")
 
 
+def test_fx_077_decorated_twice_is_one_row_and_another_decorator_between_stays(audit: AuditLogger) -> None:
+    def function(x: int) -> int:
+        return x
+
+    async def coroutine(x: int) -> int:
+        return x
+
+    def retry(inner: Any) -> Any:
+        return functools.wraps(inner)(lambda x: inner(x) + 100)
+
+    again = audit.tool("outer")(audit.tool("inner")(function))
+    assert again(1) == 1 and asyncio.run(audit.tool()(audit.tool()(coroutine))(2)) == 2
+    assert [event["name"] for event in recorded(audit)] == ["outer", "coroutine"]
+    assert audit.tool()(retry(again))(3) == 103
+
+
+@pytest.mark.parametrize("made", [property(len), 5])
+def test_fx_077_what_cannot_be_called_is_told_so(audit: AuditLogger, made: Any) -> None:
+    with pytest.raises(EventError, match="it can't be called; write @audit.tool"):
+        audit.tool()(made)
+
+
 def test_describe_exception_that_cannot_be_shown_names_its_type() -> None:
     class Hostile(Exception):
         def __str__(self) -> str:

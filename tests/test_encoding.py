@@ -113,6 +113,8 @@ def test_line_with_new_columns_holds_those_that_have_a_value(
     [
         ("a\0b", "a\ufffdb"),
         ("\ud800", "\ufffd"),
+        ("\udcff\udcfe.txt", "\ufffdxff\ufffdxfe.txt"),  # FX-061
+        ("\ud83d\udc80", "\U0001f480"),
         ("\ud83d\ude00", "\U0001f600"),
         ("line\nbreak\r\t\x1b[2J", "line\nbreak\r\t\x1b[2J"),
         ('quote " back \\u0000 slash \\', 'quote " back \\u0000 slash \\'),

@@ -918,6 +918,38 @@ def test_redact_what_an_object_raises_never_escapes(redactor: Redactor, error: A
     assert redactor.redact({"password": Silent()}, echoes=[]) == {"password": REDACTED}
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit])
+@pytest.mark.parametrize("base", [list, tuple, set, bytes, collections.UserDict, collections.deque])
+def test_fx_049_what_a_container_raises_each_time_is_no_signal(
+    redactor: Redactor, base: Any, error: Any
+) -> None:
+    def fail(*args: Any) -> Any:
+        raise error
+
+    methods = ("__iter__", "__len__", "__getitem__", "__bytes__", "items")
+    hostile = base.__new__(
+        type("Hostile", (base,), dict.fromkeys(methods, fail)), *[b"x" * 9][: base is bytes]
+    )
+    shown = redactor.redact({"a": 1, "b": hostile, "c": 2})
+    assert shown == {"a": 1, "b": shown["b"], "c": 2}
+    if base is bytes:
+        assert redactor.redact_json(hostile, limit=1)
+
+
+def test_fx_049_a_signal_within_a_container_passes(redactor: Redactor) -> None:
+    class Once(list[int]):
+        times = 0
+
+        def __iter__(self) -> Any:
+            self.times += 1
+            if self.times == 1:
+                raise KeyboardInterrupt
+            return super().__iter__()
+
+    with pytest.raises(KeyboardInterrupt):
+        redactor.redact({"a": Once([1])})
+
+
 def test_redact_any_hostile_container_costs_no_more_than_itself(redactor: Redactor) -> None:
     def fail(*args: Any) -> Any:
         raise Unheard("hunter2")

@@ -126,6 +126,20 @@ def test_waiting_ends_the_gathering(bench: Bench, monkeypatch: pytest.MonkeyPatc
     assert bench.lines() == [line(n) for n in range(200)]
 
 
+def test_fx_022_who_waits_for_an_ingest_and_the_writer_do_not_wake_each_other_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path, {"done": True})
+    rounds, work = itertools.count(), bench.writer._work
+    monkeypatch.setattr(bench.writer, "_work", lambda: (next(rounds), work())[1])
+    monkeypatch.setattr(bench.ingester, "_look", lambda: None)
+    monkeypatch.setattr(bench.ingester, "_start", lambda: setattr(bench.ingester, "_child", object()))
+    bench.writer.put(line(1))
+    assert bench.writer.flush(0.5)
+    assert next(rounds) < 50  # a look at the child each 0.1 s; it was thousands, and the child starved
+    bench.ingester._child = None
+
+
 def test_put_interrupted_on_its_way_to_wake_leaves_a_writer_that_the_next_wakes(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +225,20 @@ def test_segment_that_was_deleted_is_written_again_once(bench: Bench) -> None:
     bench.writer.wait_written(bench.writer.put(line(2)))
     assert bench.writer.close(SAFETY_SECONDS) == 0
     assert bench.lines() == [line(1), line(2)]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 20])
+def test_fx_080_what_was_cut_off_a_segment_is_a_loss(bench: Bench, kept: int) -> None:
+    for n in range(3):
+        bench.writer.wait_written(bench.writer.put(line(n)))
+    (path,) = bench.journal.segments()
+    size = len(Path(path).read_bytes()) // 3
+    os.truncate(path, min(kept, 1) * size + kept // 2)  # nothing, a line, and a line and a half
+    bench.writer.wait_written(bench.writer.put(line(3)))
+    assert bench.writer.close(SAFETY_SECONDS) == 0
+    assert [each for each in bench.lines() if each in (line(0), line(3))] == [line(0), line(3)][kept == 0 :]
+    (loss,) = bench.journal.losses().values()
+    assert loss.events == (2 if kept else 3) and "cut them off" in loss.reason
 
 
 def test_idle_writer_never_wakes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
