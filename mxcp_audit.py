@@ -2032,14 +2032,13 @@ class _Walk:
     """Writes one value as JSON, redacted unless the verdicts are none."""
 
     nodes = spent = 0  # elements, and characters of long texts, read so far
-    max_nodes = _MAX_NODES
 
     def __init__(self, verdicts: _Verdicts, echoes: list[str] | None = None, limit: int = 0) -> None:
         self.verdicts, self.rules, self.echoes, self.limit = verdicts, verdicts.rules, echoes, limit
         self.quiet = echoes is None and self.rules.key is None
         self.open: list[int] = []  # ids of the containers around the present value
-        if 0 < limit < 2 * _MAX_NODES:  # an element takes two bytes at least
-            self.max_nodes = limit // 2
+        # An element takes two bytes at least.
+        self.max_nodes = min(_MAX_NODES, (limit + 1) // 2 or _MAX_NODES)
 
     def plain(self, value: object) -> Any:
         """Convert a value without redacting it; never record what comes of it."""
@@ -2276,17 +2275,16 @@ class _Walk:
     def other(self, value: Any, kind: type, declared: _Declared | None) -> str:
         most = self.limit + _SLACK
         if issubclass(kind, (bytes, bytearray)) and self.limit and (size := memoryview(value).nbytes) > most:
-            start = str(_content(memoryview(value)[:most], bytes))
-            return encode_text(self.text(start, declared) + f"…[CUT: {size} bytes]")
+            value, note = memoryview(value)[:most], f"…[CUT: {size} bytes]"
+            return encode_text(self.text(str(_content(value, bytes)), declared) + note)
         try:
             content = _content(value, kind)
-        except INTERRUPTS:
+        except INTERRUPTS as signal:
+            error: BaseException = ValueError("it raises that each time, as no signal does")
             with suppress(BaseException):
                 _content(value, kind)
-                most = 0
-            if most:  # it raises that each time: no signal does
-                raise ValueError from None
-            raise
+                error = signal
+            raise error from None
         if isinstance(content, (dict, list)):
             write: Any = self.mapping if isinstance(content, dict) else self.sequence
             return str(write(content, declared, id(value)))
@@ -2424,11 +2422,7 @@ class Redactor:
             own = self._of_tool.get(_normal(tool or "")) if self._of_tool else None
             walk = _Walk(self._verdicts if own is None else own, echoes, limit)
             return walk.value(value, None if endpoint_def is None else walk.declared(endpoint_def))
-        except RecursionError:
-            return '"[DEPTH]"'
-        except INTERRUPTS:
-            raise
-        except BaseException as error:
+        except Exception as error:
             return encode_text(f"<unreadable {_type_name(value)}: {_type_name(error)}>")
 
     def scrub(self, text: str, echoes: Sequence[str] = ()) -> str:
@@ -2437,11 +2431,8 @@ class Redactor:
             if not echoes and type(text) is str and text in self._rules.harmless:
                 return text
             walk = _Walk(self._verdicts)
-            shown = walk.as_text(text)
-            return walk.text(without_echoes(shown, echoes, self._rules.mark) if echoes else shown, None)
-        except INTERRUPTS:
-            raise
-        except BaseException as error:
+            return walk.text(without_echoes(walk.as_text(text), echoes, self._rules.mark), None)
+        except Exception as error:
             return f"<unreadable text: {_type_name(error)}>"
 
     def explain(self, value: object, *, tool: _Tool = None, endpoint_def: object = None) -> list[_Strings]:
@@ -4915,11 +4906,12 @@ def auditing(exchange: Exchange, event_type: str, name: str | None) -> Callable[
         if isinstance(function, (classmethod, staticmethod)):
             return cast(Function, type(function)(_audited(function.__func__)))
         if not callable(function) or _is_registered(function):
-            known = None if isinstance(function, property) else _get(function, "__name__", "name")
-            problem = f"the server has {known!r} already, without auditing" if known else "it can't be called"
-            below = "the server's decorator" if known else "@property"
-            raise EventError(f"{problem}; write @audit.{event_type}(…) below {below}", field="function")
-        if isinstance(function, types.FunctionType) and _AUDITED.get(function) is exchange.logger:
+            named = _get(function, "__name__", "name") or type(function).__name__
+            problem = f"the server has {named!r} already, without auditing, or it can't be called"
+            raise EventError(
+                f"{problem}; write @audit.{event_type}(…) below that decorator", field="function"
+            )
+        if getattr(function, "__mxcp_audit__", ()) == (exchange.logger, getattr(function, "__wrapped__", 0)):
             function = cast(Any, function).__wrapped__  # decorated twice: one row
         bare = function.func if isinstance(function, functools.partial) else function
         own = getattr(bare, "__name__", None) or type(bare).__name__
@@ -4951,13 +4943,10 @@ def auditing(exchange: Exchange, event_type: str, name: str | None) -> Callable[
             wrapper.__annotations__ = {}
             with suppress(Exception):
                 wrapper.__annotations__ = inspect.get_annotations(bodies[1], eval_str=True)
-        _AUDITED[wrapper] = exchange.logger
+        wrapper.__mxcp_audit__ = exchange.logger, function
         return cast(Function, wrapper)
 
     return _audited
-
-
-_AUDITED = weakref.WeakKeyDictionary[Any, Any]()  # decorated functions and their loggers
 
 
 def _is_registered(function: object) -> bool:
@@ -5262,21 +5251,23 @@ class AuditLogger(contextlib.AbstractContextManager["AuditLogger"]):
         if self.config.durable:
             self._writer.wait_written(ticket)
 
-    def _record(self, *event: Any, end: bytes = b"", again: bool = False) -> int:
+    def _record(self, *event: Any, end: bytes = b"", signal: BaseException | None = None) -> int:
         """Queue an event, if need be without its content; return its ticket."""
-        line = b""
+        line, ticket = b"", 0
         try:
             line = self._encoder.line(*event)
         except BaseException as fault:
-            if isinstance(fault, INTERRUPTS) and not again:  # it passes, after the event is recorded
-                self._record(*event, end=end, again=True)
-                raise
+            if isinstance(fault, INTERRUPTS) and signal is None:  # it passes, after the event is recorded
+                return self._record(*event, end=end, signal=fault)
+            signal = None  # a field raises that each time
             self.report_fault("an event could not be encoded; it is recorded without content", fault)
         try:
-            return self._writer.put((line or self._encoder.line(*_NOTHING)) + end)
+            ticket = self._writer.put((line or self._encoder.line(*_NOTHING)) + end)
         except Exception as fault:
             self.report_fault("an event could not be recorded", fault)
-            return 0
+        if signal is not None:
+            raise signal
+        return ticket
 
     def report_fault(self, message: str, fault: BaseException) -> str:
         """Report a fault by its type; return what is recorded instead."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import builtins
 import collections
-import contextlib
 import contextvars
 import functools
 import gc
@@ -840,17 +839,30 @@ def test_input_whose_repr_raises_what_is_no_exception_is_recorded(
     assert len(recorded(audit)) == 2
 
 
-def test_values_whose_own_methods_raise_what_is_no_exception_cost_no_event(audit: AuditLogger) -> None:
-    class Hostile_(str):
-        def __hash__(self) -> int:
-            raise SystemExit
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_values_whose_own_methods_raise_what_is_no_exception_cost_no_event(
+    audit: AuditLogger, kind: type[BaseException]
+) -> None:
+    """What comes again when it is tried again is the object's own, and no signal handler's."""
 
-        __float__ = __hash__
+    def fail(*_: object) -> Any:
+        raise kind("hunter2")
 
-    for wrong in ({"caller": Hostile_("cli")}, {"duration_ms": Hostile_("1")}):
-        with contextlib.suppress(SystemExit):
-            audit.log_event(**{"caller": "cli", "event_type": "tool", "name": "t", **wrong})  # type: ignore[arg-type]
-    assert len(recorded(audit)) == 2
+    methods = dict.fromkeys(("__hash__", "__eq__", "__len__", "__iter__", "__float__", "__index__"), fail)
+    bases: list[type] = [str, bytes, list, tuple, set, dict, collections.deque, collections.UserDict, float]
+    hostile = [base.__new__(type("Hostile_", (base,), methods)) for base in bases]
+    fields = ("caller", "name", "duration_ms", "error", "user_id", "client", "result_bytes")
+    for value in hostile:
+        for field in fields:
+            event: Any = {"caller": "cli", "event_type": "tool", "name": "t"}
+            audit.log_event(**{**event, field: value})
+        audit.log_event("cli", "tool", "t", value, context={"it": value})
+        with audit.record("tool", "t", {"beside": "kept", "it": [value]}):
+            pass
+    events = recorded(audit)
+    assert len(events) == len(hostile) * (len(fields) + 2)
+    called = [json.loads(event["input_json"]) for event in events if "beside" in (event["input_json"] or "")]
+    assert [each["beside"] for each in called] == ["kept"] * len(hostile)
 
 
 @pytest.mark.parametrize("way", ["log_event", "record"])

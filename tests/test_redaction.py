@@ -918,24 +918,6 @@ def test_redact_what_an_object_raises_never_escapes(redactor: Redactor, error: A
     assert redactor.redact({"password": Silent()}, echoes=[]) == {"password": REDACTED}
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit])
-@pytest.mark.parametrize("base", [list, tuple, set, bytes, collections.UserDict, collections.deque])
-def test_fx_049_what_a_container_raises_each_time_is_no_signal(
-    redactor: Redactor, base: Any, error: Any
-) -> None:
-    def fail(*args: Any) -> Any:
-        raise error
-
-    methods = ("__iter__", "__len__", "__getitem__", "__bytes__", "items")
-    hostile = base.__new__(
-        type("Hostile", (base,), dict.fromkeys(methods, fail)), *[b"x" * 9][: base is bytes]
-    )
-    shown = redactor.redact({"a": 1, "b": hostile, "c": 2})
-    assert shown == {"a": 1, "b": shown["b"], "c": 2}
-    if base is bytes:
-        assert redactor.redact_json(hostile, limit=1)
-
-
 def test_fx_049_a_signal_within_a_container_passes(redactor: Redactor) -> None:
     class Once(list[int]):
         times = 0
@@ -950,13 +932,15 @@ def test_fx_049_a_signal_within_a_container_passes(redactor: Redactor) -> None:
         redactor.redact({"a": Once([1])})
 
 
-def test_redact_any_hostile_container_costs_no_more_than_itself(redactor: Redactor) -> None:
+@pytest.mark.parametrize("error", [Unheard, SystemExit])
+def test_redact_any_hostile_container_costs_no_more_than_itself(redactor: Redactor, error: Any) -> None:
     def fail(*args: Any) -> Any:
-        raise Unheard("hunter2")
+        raise error("hunter2")
 
     methods = ("__iter__", "__len__", "__getitem__", "__getattr__", "__repr__", "items", "keys")
     namespace = {**dict.fromkeys(methods, fail), "__class__": property(fail)}
-    bases = (object, dict, list, set, str, int, ValueError, collections.UserDict, types.SimpleNamespace)
+    bases = (object, dict, list, tuple, set, bytes, str, int, ValueError, collections.UserDict)
+    bases += (collections.deque, types.SimpleNamespace)
     shapes = [base.__new__(type("Hostile", (base,), dict(namespace))) for base in bases]
     for hostile in shapes:
         for beside in ("a", "rows", "columns", "args", "value"):
@@ -1049,7 +1033,7 @@ def test_redact_nesting_of_any_kind_ends_at_the_same_depth(redactor: Redactor, w
 def test_redact_more_items_than_anybody_reads_are_counted(
     redactor: Redactor, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(mxcp_audit._Walk, "max_nodes", 10)
+    monkeypatch.setattr(mxcp_audit, "_MAX_NODES", 10)
     many: Any = dict.fromkeys(map(str, range(11)), 1) if kind == "mapping" else list(range(11))
     assert redactor.redact({"few": 1, "many": many}) == {"few": 1, "many": "[CUT: 11 items]"}
 

@@ -165,9 +165,9 @@ class _Verdicts(dict[str, int]):
 class _Walk:
     nodes: int
     spent: int
-    max_nodes: Incomplete
     quiet: Incomplete
     open: list[int]
+    max_nodes: Incomplete
     def __init__(self, verdicts: _Verdicts, echoes: list[str] | None = None, limit: int = 0) -> None: ...
     def plain(self, value: object) -> Any: ...
     def declared(self, definition: object) -> _Declared | None: ...
