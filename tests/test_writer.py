@@ -137,6 +137,7 @@ def test_fx_022_who_waits_for_an_ingest_and_the_writer_do_not_wake_each_other_wi
     bench.writer.put(line(1))
     assert bench.writer.flush(0.5)
     assert next(rounds) < 50  # a look at the child each 0.1 s; it was thousands, and the child starved
+    bench.writer.close(SAFETY_SECONDS)
     bench.ingester._child = None
 
 
