@@ -7038,6 +7038,8 @@ class Reading:
                 self.problem = StoreError(f"{target.name}: {text}")
             table = define_views(self.engine, types).get("logs")
             self.has_table = bool(table)
+            if types.get("ledger") and not table:
+                self.oddities.append("logs is missing beside its ledger")
             if target.is_postgres and table == dict(COLUMNS):  # it lacks what is converted
                 self.schema = target.schema
             segments = unknown_segments(self.engine, segments)
@@ -7906,7 +7908,9 @@ class Store:
             with reading.open(wait):
                 running = journal.running()
                 reading.open_running(running)
-                if not (reading.has_table or reading.has_journal or running or reading.problem):
+                if not any(
+                    (reading.has_table, reading.has_journal, running, reading.problem, reading.oddities)
+                ):
                     text = "audit logging is not enabled for the profile, or no events have been logged yet"
                     raise DatabaseNotFoundError(f"{_NOT_FOUND}{target.name}: {text}")
                 for text in reading.oddities:
