@@ -10015,8 +10015,8 @@ def _export(args: Args, store: Store, what: Filter) -> None:
         raise _UsageError(f"{path}: the extension, or --format, must be of {', '.join(EXPORT_FORMATS)}")
     if args.bom and not form.startswith("csv"):
         raise _UsageError(f"--bom is for CSV, not for {form}")
-    if to_stdout and sys.stdout.isatty():
-        raise _UsageError("an export is not for a terminal: write to a file, or into a pipe")
+    if to_stdout and (sys.stdout.isatty() or getattr(sys.stdout, "name", "") == os.devnull):  # closed: `>&-`
+        raise _UsageError("an export goes to no terminal, and to no closed output: write to a file or a pipe")
     chosen = {name: getattr(args, name) for name in ("oldest_first", "raw", "bom")}
     with scratch_folder(store.journal.directory) if to_stdout else contextlib.nullcontext("") as folder:
         if to_stdout:

@@ -522,6 +522,7 @@ def test_output_into_a_closed_pipe_ends_quietly(filled: Path) -> None:
 def test_output_without_standard_streams_is_no_failure(filled: Path) -> None:
     for command, streams, code in (
         ("log", ">&-", 0),
+        ("log --export -", ">&-", 2),
         ("log", "2>&- <&-", 0),
         ("sql -", "<&-", 2),
         ("sql -", r"<<<$'SELECT \xff'", 2),
@@ -673,7 +674,7 @@ def test_terminal_follow_replaces_a_running_call_when_it_ends(filled: Path) -> N
 @one_engine
 def test_terminal_export_to_it_is_refused(filled: Path) -> None:
     refused = Session([sys.executable, "-m", "mxcp_audit", "log", *DB, "--export", "-"], filled)
-    assert refused.end() == 2 and "not for a terminal" in refused.text
+    assert refused.end() == 2 and "goes to no terminal" in refused.text
 
 
 @pytest.mark.parametrize("pause", [0, 0.5])  # before the query has begun, and while it runs
