@@ -4001,6 +4001,8 @@ class Writer:
         if thread is not None:
             self._release_wake()
             if thread is not self._threads.current_thread():
+                with self._lock:
+                    self._progress.wait_for(lambda: self._thread is not thread, timeout)
                 thread.join(max(0.0, deadline - time.monotonic()))
         while self._thread is None and not self._work_here() and time.monotonic() < deadline:
             time.sleep(_RETRY_SECONDS)
@@ -4104,12 +4106,14 @@ class Writer:
                 with self._lock:
                     if self._closing and not (done and self._queue):  # `close` does the rest
                         self._thread = None
+                        self._progress.notify_all()
                     self._asleep = self._thread is None or (done and not self._queue)
                 if self._thread is me and (self._asleep or not done):
                     due = min(self._due, self.begun.due_in(), threading.TIMEOUT_MAX)
                     self._wake.acquire(timeout=due if done else _RETRY_SECONDS)
         except BaseException as error:
             self._thread, self._asleep = None, True
+            self._call_back()
             text = "the writer thread ended; the next event starts another"
             self._diagnostics.report("writer", text, error=error)
 

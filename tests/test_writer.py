@@ -242,6 +242,14 @@ def test_fx_080_what_was_cut_off_a_segment_is_a_loss(bench: Bench, kept: int) ->
     assert loss.events == (2 if kept else 3) and "cut them off" in loss.reason
 
 
+def test_close_in_a_signal_handler_within_put_ends_the_writer(bench: Bench) -> None:
+    bench.writer.put(line(1))
+    with bench.writer._lock:  # as `put` holds it
+        bench.writer.put(line(2))
+        assert bench.writer.close(2.0) == 0
+    assert bench.lines() == [line(1), line(2)]
+
+
 def test_idle_writer_never_wakes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.writer.put(line(1))
     assert bench.writer.flush(SAFETY_SECONDS)
