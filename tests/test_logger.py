@@ -436,7 +436,7 @@ def test_database_that_is_held_for_long_leaves_few_segments_and_descriptors(db: 
             for n in range(100):
                 audit.log_event("cli", "tool", str(n)); time.sleep(0.01); open(os.devnull).close()
                 if n % 30 == 0: audit.flush()
-            audit.shutdown(0.1)
+            audit.wait_written(60); audit.shutdown(0.1)
             """
         done = run(body, db)
         assert done.returncode == 0 and "in use by" in done.stderr, done.stderr
