@@ -972,7 +972,6 @@ _Names: TypeAlias = "Sequence[str]"
 _Tool: TypeAlias = "str | None"
 _Echo: TypeAlias = "list[str] | None"
 _Strings: TypeAlias = tuple[str, str]
-_Find: TypeAlias = "Callable[[str], Iterable[_Span]]"
 
 
 # --- what a name says
@@ -986,8 +985,7 @@ def _words_by_head(text: str) -> dict[str, frozenset[str]]:
     return {head: _words_in(words) for head, words in re.findall(r"(\w+):([^:]*)(?=\s\w+:|\Z)", text)}
 
 
-# The specification's; secrets anywhere; behind these, still the secret, not its policy; behind `key`, a
-# document; before a secret, a switch; likewise if it is strong; glued to it (`dbpass`); none; other stems.
+# `still`: behind a secret, no policy; `flags`, `verbs` (if strong): before it, a switch; `glue`: `dbpass`.
 _NAME_WORDS = _words_by_head("""
 spec: password passwd pwd secret token key apikey auth authorization credential ssn creditcard cardnumber
 strong: password passwd pwd pw passphrase passcode secret credential cred apikey ssn cvv cvc csc otp totp pat
@@ -998,15 +996,15 @@ contraseña senha wachtwoord passord lösenord adgangskode hasło heslo jelszó 
 binary raw hex encoded encrypted hash digest data content body material blob override new old current previous
 confirm confirmation repeat again verification verify primary secondary main backup default dev prod
 production test testing staging live sandbox local json pem number num no hint auxiliary env x v wo last block
-part enc pepper openssh pkcs  documents: pem material blob wo string plaintext  flags: is has use using no
-without with allow allowed require required enable enabled disable disabled show hide prevent ignore skip
-force forgot detect scan support include want generate regenerate manage mask redact max min always automount
-ask return reuse persist inject block existing  verbs: add change check clear copy create delete deny edit
-enforce exclude export fetch get import issue list mount prompt reject remove rename renew reset resolve
-revoke rotate save set update validate imagepull  glue: db my mysql sql pg smtp imap ftp ldap mail wifi credit
-debit cc id aws web www github gitlab slack public next page sort  none: compass bypass trespass surpass
-overpass underpass encompass  stems: sensitive social verifier answer saml json card ccn cc_n cc-n community
-account.num account_num connect.sid _wo sig= phrase securestring
+part enc pepper openssh pkcs  documents: pem material blob wo string plaintext content  flags: is has use
+using no without with allow allowed require required enable enabled disable disabled show hide prevent ignore
+skip force forgot detect scan support include want generate regenerate manage mask redact max min always
+automount ask return reuse persist inject block existing  verbs: add change check clear copy create delete
+deny edit enforce exclude export fetch get import issue list mount prompt reject remove rename renew reset
+resolve revoke rotate save set update validate imagepull  glue: db my mysql sql pg smtp imap ftp ldap mail
+wifi credit debit cc id aws web www github gitlab slack public next page sort  none: compass bypass trespass
+surpass overpass underpass encompass jsonwebtoken  stems: sensitive social verifier answer saml json card ccn
+cc_n cc-n community account.num account_num connect.sid _wo sig= phrase securestring
 """)
 SPEC_NAMES, STRONG_WORDS, STILL_SECRET, KEY_DOCUMENTS = list(_NAME_WORDS.values())[:4]
 FLAG_WORDS, VERBS, GLUE_WORDS, NO_SECRETS, _STEMS = list(_NAME_WORDS.values())[4:]
@@ -1018,21 +1016,21 @@ recovery+answer challenge+answer  secret: secure+string  codeverifier: code+veri
 credential: service+json account+json  password: pass+word  passphrase: pass+phrase seed+phrase
 recovery+phrase mnemonic+phrase secret+phrase backup+phrase snmp+community community+string  passcode:
 pass+code  motdepasse: de+passe  apikey: api+key  oauth: o+auth  assertion: saml+response  sessid: connect+sid
-imagepull: image+pull  idempotency: client+request
+imagepull: image+pull  cleartext: clear+text  idempotency: client+request
 """)
 PHRASES = {pair: word for word, pairs in _PHRASES.items() for pair in pairs}
 # A secret in some company only; harmless behind these words.
 WEAK_WORDS = _words_by_head("""
 token: next starting page paging pagination continuation continue cursor sync delta resume forward position
 offset checkpoint iterator snapshot lock change version sequence read idempotency first last previous prev
-start stop end bos eos pad special input output prompt completion generated code text word string lexer parser
-syntax environment n budget base reward nft explained fee staked pool lp key  key: public pub publishable anon
-foreign sort partition cache object idempotency ttl kv event group hash map project file config ctrl input
-output parent label field error primary issue tag bucket table column index kms managed  jwt: verify validate
-decode parse  cookie: consent third party  pass: first second single multi two one last did test checks high
-low band boarding ski bus season day poe render  pin: gpio led gpu map data clock input output board analog
-digital header reset power clk cs tx rx dout din sda scl mosi miso sck irq rst push  auth:  authorization:
-code: result response error status reason  signature:
+start stop end bos eos pad unk cls sep mask special input output prompt completion generated code text word
+string lexer parser syntax environment n budget base reward nft explained fee staked pool lp key  key: public
+pub publishable anon foreign sort partition cache object idempotency ttl kv event group hash map project file
+config ctrl input output parent label field error primary issue tag bucket table column index kms managed
+jwt: verify validate decode parse  cookie: consent third party  pass: first second single multi two one last
+did test checks high low band boarding ski bus season day poe render  pin: gpio led gpu map data clock input
+output board analog digital header reset power clk cs tx rx dout din sda scl mosi miso sck irq rst push  auth:
+authorization:  code: result response error status reason  signature:
 """)
 # A secret behind these words; `Authorization` is a header alone or beside its own words, else a decision.
 OPENERS = _words_by_head("""
@@ -1179,15 +1177,15 @@ _SEPARATOR = r"""(?x)(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
   | (?P<pair>(?:\]?\\{0,8}["']|(?<=[A-Z]))(?:\s?,\s{0,8}(?:default=)?|\)\.(?:\w{3,16}\(|value[ ]?=)\s{0,4})
       (?=b?\\{0,8}["'`])) | (?P<quoted>[ \t]{1,4}(?:(?:I?LIKE|IN|BY|TO)[ \t]{1,4}\(?)?(?=["'`]))
   | (?P<prose>[ \t](?:(?:for|of)[ ](?:\S{1,40}(?<!:)[ ]){1,5}?|(?:you|we|I)[ ](?:\w{1,12}[ ]){1,4}?)?(?:
-      (?:for[ ]\S{1,40}|(?<=[ ])(?:for|you|below|with)):[ ]|\(|(?:is|was|are|ist|lautet|es|est|è|é|provided
-      |given|from(?=[ ]["'`])|(?:(?:ha[sd][ ]been[ ])?(?:re)?(?:set|changed)[ ])?to|[-–—])[ :][ \t]{0,4}))
+    (?:for[ ]\S{1,40}|(?<=[ ])(?:for|you|below|with)):[ ]|\(|(?:is|was|are|ist|lautet|es|est|è|é|provided
+    |given|(?i:from)(?=[ ]["'`])|(?:(?:ha[sd][ ]been[ ])?(?:re)?(?:set|changed)[ ])?to|[-–—])[ :][ \t]{0,4}))
   | (?P<element>(?:["']?|["']?\s[^<>]{0,200})>\s{0,8}(?:<!\[CDATA\[|<[vV]alue>)?(?=[^<\s]))
-  | (?P<call>\(\s{0,4}(?=[bBrRuUfF]{0,2}\\{0,8}["'`])) | (?P<option>[ \t]{1,4}(?=[^\s-]))
+  | (?P<call>\(\s{0,4}(?=[bBrRuUfF]{0,2}\\{0,8}["'`])) | (?P<option>[ \t]{1,4}(?:ENC[ ])?(?=[^\s-]))
 )"""
 _NO_ELEMENT = _SEPARATOR.replace("<element>", "<element>(?!)")  # outside of `<`
 _QUOTE = r"""(?x)(?:(?:new\s|[A-Za-z_]{1,24}(?:::|\.))?[A-Za-z_]\w{0,23}\((?:default=)?|\([ ]?\n\s{1,40})?
     [@$bBrRuUfFN]{0,2}(\\{0,32})(["'`])(?:(\2\2)(?!\2)|\2(?=[\w!@#$%^*+]))?"""
-_MORE = r"""["'`](?: (?:->|=>|to) |\s{1,20})(?=(["'`]))(?!\1\1|\1[^"'`\n]*\1\s*[:=])"""  # `"old" -> "new"`
+_MORE = r"""["'`](?: (?:->|=>|to|TO) |\s{1,20})(?=(["'`]))(?!\1\1|\1[^"'`\n]*\1\s*[:=])"""  # `"old" -> "new"`
 _BLOCK = r"""(?x)[|>][+-]?[ \t]*\n([ \t]+).*(?:\n\1.*)* | <<\S?["']?(\w+)["']?\s*\n[\s\S]{0,2000}?\n\s*\2\b"""
 _MARKED = r"\[REDACTED(?::[0-9a-f]{8})?\]"
 _BARE = rf"""(?x)(?:{_MARKED}|(?:[^\s,;&'"`<>)\]}}\\]
@@ -1199,7 +1197,7 @@ _BRACKETS = r"""(?s)\\.|[()\[\]{}]|"(?:[^"\\]|\\.)*(?:"|\Z)|'(?:[^'\\]|\\.)*(?:'
 _PLACEHOLDER = r"""(?x)(?:(?i:bearer|basic|token)[ ]+(?=[$%{<*.x]))?(?:
     \?|\[\s*\]|\{[\s.]*\}|\{[a-z_]+(?:\.[a-z_]+)*(?::\w*|[\[(][^{}\n]{0,80})?\}|\$(?:env:)?\w+
   | [$#%]\{[^\n]{0,200}|\{\{(?!\s*['"])[^\n]*|\$\([^\n]{0,200}|%s|%\(\w*\)s|%\w+%|<[\w .-]*>?
-  | [0-9]{1,2}|<[%?]=?|~|[*!•●]+(?:[A-Z]+\*+)?|\.\*\S*|DEFAULT
+  | [0-9]{1,2}|<[%?]=?|~|[*!•●]+(?:[A-Z]+\*+)?|\.\*\S*|DEFAULT|PASSWORD
   | (?:\w{1,12}[-_])?(?:[xX]{3,}|\.{3}|…)|\[(?:[A-Z]{3,16}|\w{2,12}(?:ed|den)|secure)\]|!\w+|@[\w.]+@)
   | \{\s*\\{0,8}["']?\$ref\\{0,8}["']?:[^\n]*
   | \{\s*\\{0,8}["']?type\\{0,8}["']?:\s*\\{0,8}["']?(?i:string|integer|number|boolean|array|object)\b
@@ -1274,16 +1272,14 @@ _CALL_WORDS = _words_in("""auth credential passw crypt cipher hmac jwt keyspec p
 signer signwith pdo aes fernet hashpw cookieparser""")
 _CALLS = rf"(?i)(?:{'|'.join(sorted(_CALL_WORDS))})\w{{0,16}}(?:(?:\.|::|->)\w{{1,16}})?\("
 _LITERAL = r"""["'`]([^\s"'`\\/,;]{8,128})["'`]|\)[;\s]|\n"""
-_ASKS = (
-    r"(?:sudo\s+-\w*S|stdin|-with-token|passwd|kinit|cryptsetup|se-fd|(?:env|secrets?) (?:\w+ )?[psa][ued]t?)"
-)
+_ASKS = r"(?:sudo\s-\w*S|stdin|with-token|passwd|kinit|cryptset|se-fd|(?:env|secrets?) (?:\w+ )?[psa][ued]t?)"
 # Rule ~ texts, one of which is there ~ what the last group must pass ~ pattern (no group: a quoted value)
 _PLACES = r"""
-a password in a URL ~ :// ~ ~ ://(?!\[)<USER>:(?![0-9]+(?:[/?#\s]|\Z))([^\s/?#"'<>\\`]+(?=@)
+a password in a URL ~ :// ~ ~ ://(?!\[)<U>:(?![0-9]+(?:[/?#\s]|\Z))([^\s/?#"'<>\\`]+(?=@)
  |[^\s"'<>\\`]{1,300}(?=@))
 a token in a URL ~ :// ~ secret ~ ://([^\s/?#"'<>\\`:@]{16,200})(?=@)
-a private key ~ -----begin|private-lines ~ ~ (-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,9}-----[\s\S]*?
- (?:-----END[^\n-]{0,60}--|\Z)-*)|Private-Lines:[ ]\d+\s+((?:[\w+/=]{4,}\s{0,2}(?![A-Z]\w+-))+)
+a private key ~ -----begin|private-lines ~ ~ (-----BEGIN (?:[\w ]{0,40}PRIVATE KEY|OpenVPN Static)[\w ]{0,9}
+ -----[\s\S]*?(?:-----END[^\n-]{0,60}--|\Z)-*)|Private-Lines:[ ]\d+\s+((?:[\w+/=]{4,}\s{0,2}(?![A-Z]\w+-))+)
 credentials of a scheme ~ bearer|basic ~ ~ \b(?i:bearer)[ \t]+(?=[\w.~+/-]{24}|[A-Za-z_.~+/-]{0,40}[0-9])
  ([\w.~+/-]{8,}=*)|\b(?i:basic)[ \t]+
  ((?=(?:\w{4})*(?:O[g-v]|.[DTjz][o-r]|..[AEIMQUYcgkosw048]6))[\w+/]{8,}={0,2})
@@ -1296,9 +1292,12 @@ a password beside its user ~  -p ~ secret ~ \s(?:-u|-U|-l|-n|--user|--username|-
  {1,64}["']?(?:\s-\S+(?:\s[^\s-]\S*)?){0,4}?\s-(?:p|P|pw|pass)[ ](?![0-9]+(?!\S))([^\s'"|:/]{6,64})(?!\S)
 a password beside its user ~ sqlplus|expdp|impdp|sqlldr ~ ~ \b(?:sqlplus|expdp|impdp|sqlldr)\s
  (?:-\S+\s){0,4}[\w."]{1,64}/([^\s@/]{1,128})
-a secret of a device ~ community|setuser|on >|secret |password |key  ~ ~ \bcommunity[ ]+(\S{4,64})[ ]+
- (?:R[OW]|authorization)\b|\br[ow]community6?[ ]+(\S{4,64})|\b(?:secret|password|key)[ ][05789][ ](\S{4,128})
- |(?i:\b(?:set)?user\s+\S{1,64}(?:\s+(?:on|off|reset\w*|[~&%+-]\S{1,64})){1,8}\s+>)(\S{1,128})
+a secret of a device ~ community|setuser|on >|secret |password |key |: eap|"auth" |wifi: ~ ~ \bcommunity[ ]+
+ (\S{4,64})[ ]+(?:R[OW]|authorization)\b|\br[ow]community6?[ ]+(\S{4,64})|\b(?:secret|password|key)[ ][05789]
+ [ ](\S{4,128})|(?i:\b(?:set)?user\s+\S{1,64}(?:\s+['"]?(?:on|off|reset\w*|[~&%+-]\S{1,64})){1,8}\s+['"]?>)
+ ([^\s'"]{1,128})|[ ]:[ ]EAP[ ]"([^"\n]+)|"AUTH"(?:[ ]"[^"\n]*")?[ ]"([^"\n]+)"|WIFI:(?:[^;\n]*;){0,6}?P:
+ ([^;\n]+)|Key[ ]Content[ ]+:[ ](\S+)
+a password of a login module ~ loginmodule ~ ~ \buser_\w{1,64}=(?=")
 a key of a device ~ createuser|snmp-server |-digest-key|ascii-text ~ secret ~ (?i)(?:host[ ]\S{1,64}[ ](?:
  version[ ]\w{1,2}[ ])?|ascii-text[ ]|[ ](?:md5|sha|3?des|aes)(?:[ -]?\d+)?[ ]+(?:\d[ ])?)["']?([^\s"']{4,99})
 a protocol's line ~ pass |ogin |auth |dentify |334 ug|:587|:465 ~ secret ~ (?m)^(?:
@@ -1319,20 +1318,20 @@ a password beside its user ~ login: |credentials|creds|ign in|og in ~ secret ~ (
 what shall be a password ~ as the |as your |as my ~ secret ~ (?i)\buse[ ]([^\s"']{6,64})[ ]as
  [ ](?:the|your|my)[ ](?:\w{1,12}[ ])?(?:password|passphrase|token|key|secret|pin)\b
 what is piped to a prompt ~ cho|printf ~ ~ \b(?:echo|printf)[ ]+(?:-n[ ]+|['"]?%s(?:\\n)?['"]?[ ]+)?['"]?
- (?:[\w.@-]{1,64}:(?=[^\n]{1,200}chpasswd))?([^\s'"|$][^'"|\n]{0,200}?)['"]?[ ]*\|(?=[^|;\n]{0,200}<ASKS>)
+ (?:[\w.@-]{1,64}:(?=[^\n]{1,200}chpasswd))?([^\s'"|$][^'"|\n]{0,200}?)['"]?[ ]*\|(?=[^|;\n]{0,200}<A>)
 a step's secret ~ ::add-mask:: ~ ~ ::add-mask::([^\r\n]{4,500})
-what is handed to a prompt ~ <<< ~ ~ <ASKS>[^<|;\n]{0,200}<<<[ ]?(?=["'\w])
+what is handed to a prompt ~ <<< ~ ~ <A>[^<|;\n]{0,200}<<<[ ]?(?=["'\w])
 IDENTIFIED BY ~ dentified|password for ~ ~ (?i:identified\s+(?:with\s+\S{1,60}\s+)?(?:by|as)\s+
  (?:password\s+)?|["']\s+replace\s+|password\s+for\s[^=\n]{1,100}=\s*(?:password\()?)(?=["'])
  |\bIDENTIFIED\s+BY\s+([^\s"';(]+)
 an array of characters ~ chararray() ~ secret ~ "([^"\n]{4,200})(?="\.toCharArray\(\))
-a function's argument ~ crypt(|connect|sqli|pdo(|ftplib|smtp.start|jwt.|sp_addl|securestring ~ ~ (?i:
- pgp_sym_(?:en|de)crypt\([^,()]{1,200},\s*|\bcrypt\(\s*|sp_addlinkedsrvlogin(?:[^,\n]{1,80},){4}\s*
- |(?:getconnection|mysqli?_connect|mysqli|pdo|\bftp(?:_tls)?|dbi->connect)\(\s*<STRING>\s*,\s*<STRING>\s*,
- \s*|sp_addlogin\s+<STRING>\s*,\s*|\bsmtp\.start\(\s*(?:<STRING>\s*,\s*){4}
- |\bjwt\.\w{4,6}\(\s*[^,()]{1,100},\s*|securestring\s+(?:-\w+\s+){0,2})(?=["'])
+a function's argument ~ crypt(|connect|sqli|pdo(|ftplib|smtp.start|jwt.|sp_addl|securestring|.fill( ~ ~ (?i:
+ \.fill\([^,\n]{1,60}passw[^,\n]{0,40},\s*|pgp_sym_(?:en|de)crypt\([^,()]{1,200},\s*|\bcrypt\(\s*|sp_addlinkedsrvlogin(?:[^,\n]{1,80},){4}\s*
+ |(?:getconnection|mysqli?_connect|mysqli|pdo|\bftp(?:_tls)?|dbi->connect)\(\s*<S>\s*,\s*<S>\s*,
+ \s*|sp_addlogin\s+<S>\s*,\s*|\bsmtp\.start\(\s*(?:<S>\s*,\s*){4}
+ |\bjwt\.\w{4,6}\(\s*(?:\{[^{}]{0,200}\}|[^,()]{1,100}),\s*|securestring\s+(?:-\w+\s+){0,2})(?=["'])
 credentials of a user ~ auth|ogin|cred ~ ~ (?i:\b(?:\w{0,24}basic_?auth|\w{0,24}login|auth|authenticate
- |\w{0,24}credentials?)\s?[=(][\s(]{0,3}<STRING>\s*,\s*)(?=b?["'])
+ |\w{0,24}credentials?)\s?[=(][\s(]{0,3}<S>\s*,\s*)(?=b?["'])
 a password behind its scheme ~ ssha}|plain}|crypt}|sha}|d5} ~ ~ (?i)\{(?:S?SHA(?:256|512)?|PLAIN|S?MD5
  |[a-z0-9-]{0,12}CRYPT)\}([^\s:"',<>]{4,})
 the words of a wallet ~ mnemonic|phrase|seed ~ ~ (?:nemonic|hrase|eed)\W{1,6}(?:(?:is|words)\W{1,3})?
@@ -1358,7 +1357,7 @@ xfreerdp signtool schtasks || /p /rp ; rabbitmqctl | [ac][a-z]+_[a-z]+ | #2 ; se
 redis-cli valkey-cli | AUTH | #1 #2 ; reg | [^\x1f]*[pP]assw[^\x1f]* | /d ; poetry | pypi-token\.[^\x1f]+ | #1
 ansible-vault | encrypt_string | #1 ; cargo vault | login | #1 ; isql iusql | -v | #3 ; ssh-keygen || -N -P
 vault | unseal | #1 ; influx doctl || -t. ; mc mcli | set | #4 ; net | use | #2 #3 ; db2 | using | #1
-net | user | #2 ; lftp || -u, ; qpdf | --encrypt | #1 #2 ; radtest || #2 #5
+net | user | #2 ; nsupdate || -y: ; lftp || -u, ; qpdf | --encrypt | #1 #2 ; radtest || #2 #5
 """
 _LISTED_WORD = r"""["'](?:\s{0,4},\s{0,4}|\sa[0-9]{1,3}=)["']((?:[^"'\\]|\\.)*)(?=["'])"""
 _SHELL_WORD = r"""(?x)[ \t]+(?:\\\r?\n[ \t]*)*
@@ -1366,6 +1365,7 @@ _SHELL_WORD = r"""(?x)[ \t]+(?:\\\r?\n[ \t]*)*
 _PASSWORDS = _words_in("password passwd pwd passphrase passcode pass pw")
 _REFERENCES = _words_in("secret secrets credential credentials")
 _ALGORITHMS = _words_in("sha1 sha256 sha384 sha512 md5 argon2 argon2id pbkdf2 base64 oauth2 ed25519")
+_DEFAULTED = r"""string\(\d+\) |[\w.]+(?:\([^()\n]{0,80}\))? (?:or|\|\||\?\?|\+) (?=["'`])"""  # `key or "X"`
 _REMARKS = _words_in("""a an the this that is are was must should may can cannot will not no yes on off too at
 in of for from to and or with field required optional missing invalid incorrect wrong expired empty unset
 unknown expected unexpected got see value string str text int integer bool boolean bytes object read write
@@ -1412,7 +1412,7 @@ def _argument_pattern(place: str, need: str) -> str:
     apart = {"+": joined, ".": r"\x1f"}.get(how, rf"(?:\x1f(?!-)|{joined})")
     apart += r"(?![0-9]{2,5}(?:\x1f|\Z))" if place == "-p" else ""  # a port
     user = "" if how in "+." else rf"(?!(?:env|file|fd|https?):)[^\x1f{how}]*{how}"
-    return rf"\x1f{option}{apart}{user}([^\x1f]+)"
+    return rf"\x1f(?{'i' if option[0] == '/' else ''}:{option}){apart}{user}([^\x1f]+)"
 
 
 class _Rules:
@@ -1422,11 +1422,12 @@ class _Rules:
         self.harmless: dict[str, str] = {}  # short texts without a secret, as JSON
         own = {max(re.findall(_CAMEL, name) or [name], key=len)[:4].lower() for _, name in self.redact}
         self.stems = _any_of((*STEMS, *own))
-        self._places: list[tuple[str, Iterable[str], _Find]] = []
-        for rule, gates, check, pattern in re.findall(r"(.+) ~ (.+) ~ (.*?)~\s+(.+(?:\n .+)*)", _PLACES):
-            pattern = pattern.replace("\n ", "").replace("<USER>", _USER).replace("<STRING>", _STRING)
-            pattern = pattern.replace("<ASKS>", _ASKS)
-            find = functools.partial(self._placed, pattern=pattern, accept=_looks_secret if check else None)
+        self._places: list[tuple[str, Iterable[str], Any]] = []
+        for rule, gates, check, place in re.findall(r"(.+) ~ (.+) ~ (.*?)~\s+(.+(?:\n .+)*)", _PLACES):
+            place = (
+                place.replace("\n ", "").replace("<U>", _USER).replace("<S>", _STRING).replace("<A>", _ASKS)
+            )
+            find = functools.partial(self._placed, pattern=place, accept=_looks_secret if check else None)
             self._places.append((rule, gates.split("|"), find))
         self._places += [
             ("a function's argument", _CALL_WORDS, self._literals),
@@ -1489,7 +1490,7 @@ class _Rules:
                 text = text.replace(secret, self.mark(secret))
         return text, taken
 
-    def _sieves(self, text: str, low: str, led: bool) -> Iterator[tuple[str, _Find]]:
+    def _sieves(self, text: str, low: str, led: bool) -> Iterator[tuple[str, Any]]:
         if led or " -" in text or " /" in text or '"-' in text or "'-" in text or "net us" in low:
             if not self.programs.keys().isdisjoint(_re(r"[a-z0-9][\w-]+").findall(low)):
                 yield "an argument of a command", self._arguments
@@ -1625,8 +1626,8 @@ class _Rules:
             if strength and (span := self._value(text, start, lead, name, strength)):
                 if span[0] < span[1] and _re("(?:[A-Za-z]+[0-9]+){3}").search(name):
                     span = start, span[1]  # a secret with a colon
-                if lead.lastgroup in ("assign", "prose") and lead[0][-1:] == " " and span[0] < span[1]:
-                    while more := _re(_MORE).match(text, span[1]):
+                if lead.lastgroup in ("assign", "prose") and lead[0][-1] == " ":
+                    while (more := _re(_MORE).match(text, span[1])) and text[span[0] - 1] in "\"'`":
                         span = span[0], self._extent(text, more.end())[1]
                 yield span  # an empty one passes it
                 done = at = max(at, span[1])
@@ -1685,8 +1686,8 @@ class _Rules:
             doubtful = strength < 2 or low == "pass"
             names = bare_key or (doubtful and not _looks_secret(shown)) or (low == "pass" and " " in shown)
             said = shown.count(" ") > 2 and low not in _PASSWORDS
-            said = said or (text[value[0] - 1] == "`" and (low == "pass" or not _is_mixed(shown)))
-            return None if names or said or (low in _REFERENCES and not name.isupper()) else value
+            plain = text[value[0] - 1] == "`" or (low in _REFERENCES and not name.isupper())
+            return None if names or said or (plain and not _is_mixed(shown)) else value
         if kind == "prose" or (kind == "option" and not flag):
             return None if flag or before == "/" else self._spoken(text, line, at, kind, low, strength)
         if kind == "assign" and quote and quote[2] == before and lead["assign"][0] not in "\\\"'`":
@@ -1718,16 +1719,16 @@ class _Rules:
         return (at, at + size) if known else None
 
     def _assigned(self, text: str, line: str, at: int, name: str, strength: int, lead: str) -> _Span | None:
-        if other := _re(r"""[\w.]+(?:\([^()\n]{0,80}\))? (?:or|\|\||\?\?|\+) (?=["'`])""").match(text, at):
-            at = other.end()  # `key or "X"`
+        if other := _re(_DEFAULTED).match(text, at):
+            at = other.end()
         value = self._extent(text, at)
         shown, passed = text[slice(*value)], (value[1], value[1])
         wrapper, quoted, name = text[at : value[0]], value[0] > at, name.lower()
-        if _re(_ASKING).search(wrapper):
+        bare_key, called = name in ("key", "keys") and strength < 2, "(" in wrapper
+        if _re(_ASKING).search(wrapper) or (bare_key and text.startswith(" value=", value[1] + 1)):
             return None
         if len(shown) > _MAX_DOUBTED:
             return value
-        bare_key, called = name in ("key", "keys") and strength < 2, "(" in wrapper
         weak = strength < 2 and (not _looks_secret(shown) or (bare_key and shown.isalpha()))
         typed = quoted and lead == ": " and re.fullmatch(r"_?[A-Z][A-Za-z]+(?: \| None)?", shown)
         own = shown and f"_{name}".endswith(tuple(sign + shown.lower() for sign in "._-"))  # `token=token`
@@ -1740,6 +1741,7 @@ class _Rules:
             or (quoted and (len(shown) == 1 or shown[-1:] in (" ", ":")))  # the beginning of a text
             or (quoted and strength < 2 and re.search(r"%s|\{[a-z_]", shown))  # a template
             or (typed and self.strength(shown.split()[0]))
+            or ((bare_key or name == "--key") and re.search(r"/[^/]*\.\w{2,8}\Z", shown))
             or (own and (not quoted or strength < 2 or called))
         ):
             return passed
@@ -1884,8 +1886,7 @@ def _declare(plain: Any, outer: bool = True) -> _Declared | None:
             elif declared and isinstance(part, str):
                 return declared
     items = _declare(plain.get("items") or plain.get("additionalProperties"), False)
-    says = plain.get("sensitive")
-    yes = bool(says) and str(says).strip().lower() not in ("", "false", "no", "off", "0")
+    yes = str(plain.get("sensitive") or "").strip().lower() not in ("", "false", "no", "off", "0")
     return _Declared(yes, fields, items) if yes or fields or items else None
 
 
@@ -1975,11 +1976,10 @@ selector path id type column target locator title prompt question xpath k""")
 _VALUES = _words_in("value values val default content text v old new before after")
 _COLUMN_LISTS = _words_in("columns column_names columnnames headers header fields cols schema")
 _ROW_LISTS = _words_in("rows values data records stringdata")
-_PROGRAMS = _words_in("command cmd program executable")
-_ARGUMENTS = _words_in("args argv arguments params parameters bindings")
-_QUERIES = _words_in("sql query statement")
-_CONFIRMS, _PARAMETER = _words_in("secret sensitive issecret is_secret"), r"(?<!\?)\?(?!\?)|%s|[$:]([0-9]+)"
 _VALUE_ENDS = ("value", "answer", "response", "keys")
+_PROGRAMS, _QUERIES = _words_in("command cmd program executable"), _words_in("sql query statement")
+_ARGUMENTS = _words_in("args argv arguments params parameters bindings")
+_CONFIRMS, _PARAMETER = _words_in("secret sensitive issecret is_secret"), r"(?<!\?)\?(?!\?)|%s|[$:]([0-9]+)"
 # A key's value goes; booleans too, by a setting; its text holds a secret, or it is no text; siblings decide.
 _SENSITIVE, _CERTAIN, _ODD, _BESIDE = 1, 3, 4, 8
 
