@@ -6559,7 +6559,10 @@ WHERE database_name = 'audit' AND NOT regexp_full_match(table_name, 'logs|ledger
         try:
             engine.execute(statement)
         except QueryError as error:
-            if "permission denied" in (reason := str(error).splitlines()[0]):
+            reason = str(error).splitlines()[0]
+            if re.search(
+                "(?i)permission denied|out of memory|without a word", reason
+            ):  # not the table's fault
                 raise
             text = f"its table `logs` takes no events of ours ({reason}); set `path` to a database of our own"
             raise StoreError(f"{self.name}: {text}") from error
@@ -8241,6 +8244,7 @@ class Follower:
 
 
 _LITTLE_SPACE_BYTES = 256 * 2**20
+_FEW_INODES = 100
 _Report: TypeAlias = dict[str, Any]
 _Faulty: TypeAlias = Iterator[tuple[str, str]]  # problem and remedy
 
@@ -8327,10 +8331,13 @@ def _examine_files(report: _Report, database: str, journal: str, others: int) ->
                 yield f"{path} can't be read and written by this user", "check owner and mode"
     space = report["free_bytes"] = {}
     for path in {os.path.dirname(database), os.path.dirname(journal)}:
-        with suppress(OSError):
+        with suppress(OSError, AttributeError):
             free = space[path] = shutil.disk_usage(path).free
             if free < _LITTLE_SPACE_BYTES:
                 yield f"only {free >> 20} MiB are free in {path}", "make room, or set `retention`"
+            inodes = os.statvfs(path)  # AttributeError on Windows
+            if inodes.f_files and inodes.f_favail < _FEW_INODES:
+                yield f"only {inodes.f_favail} inodes are free in {path}", "remove files there"
 
 
 # === Output ===
@@ -8911,6 +8918,8 @@ def ingest_once(settings: Mapping[str, Any], *, wait: float) -> dict[str, Any]:
 
 def ingest_child(settings: Mapping[str, Any], wait: float) -> None:
     """Ingest in a child that a logger started, and print the answer as a line."""
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # where memory ends, Linux is to end this process, and not the server
     sys.stdout.write(f"\n{json.dumps(ingest_once(settings, wait=wait))}\n")
     sys.stdout.flush()
 
