@@ -835,6 +835,9 @@ def load_config(
     name, chosen_by = site.profile(profile, os.environ if environ is None else environ)
     keys = ("profiles", name, "audit")
     given: dict[Any, Any] = {**site.section(*keys)}
+    for trail in () if given else (("audit",), (*keys[:2], "enabled")):  # else it would be off without a word
+        if trail[-1] in site.section(*trail[:-1]):
+            raise ConfigError(f"must stand under {'.'.join(keys[: 2 + len(trail) // 3])}", **site.at(*trail))
     given.pop("max_file_size", None)  # MXCP's own
     if type(given.get("retention")) in (int, float):
         problem = 'needs a unit in this file; write "90d" for 90 days'
@@ -6554,7 +6557,10 @@ WHERE database_name = 'audit' AND NOT regexp_full_match(table_name, 'logs|ledger
         try:
             engine.execute(statement)
         except QueryError as error:
-            if "permission denied" in (reason := str(error).splitlines()[0]):
+            reason = str(error).splitlines()[0]
+            if re.search(
+                "(?i)permission denied|out of memory|without a word", reason
+            ):  # not the table's fault
                 raise
             text = f"its table `logs` takes no events of ours ({reason}); set `path` to a database of our own"
             raise StoreError(f"{self.name}: {text}") from error
@@ -8240,6 +8246,7 @@ class Follower:
 
 
 _LITTLE_SPACE_BYTES = 256 * 2**20
+_FEW_INODES = 100
 _Report: TypeAlias = dict[str, Any]
 _Faulty: TypeAlias = Iterator[tuple[str, str]]  # problem and remedy
 
@@ -8326,10 +8333,13 @@ def _examine_files(report: _Report, database: str, journal: str, others: int) ->
                 yield f"{path} can't be read and written by this user", "check owner and mode"
     space = report["free_bytes"] = {}
     for path in {os.path.dirname(database), os.path.dirname(journal)}:
-        with suppress(OSError):
+        with suppress(OSError, AttributeError):
             free = space[path] = shutil.disk_usage(path).free
             if free < _LITTLE_SPACE_BYTES:
                 yield f"only {free >> 20} MiB are free in {path}", "make room, or set `retention`"
+            inodes = os.statvfs(path)  # AttributeError on Windows
+            if inodes.f_files and inodes.f_favail < _FEW_INODES:
+                yield f"only {inodes.f_favail} inodes are free in {path}", "remove files there"
 
 
 # === Output ===
@@ -8910,6 +8920,8 @@ def ingest_once(settings: Mapping[str, Any], *, wait: float) -> dict[str, Any]:
 
 def ingest_child(settings: Mapping[str, Any], wait: float) -> None:
     """Ingest in a child that a logger started, and print the answer as a line."""
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # where memory ends, Linux is to end this process, and not the server
     sys.stdout.write(f"\n{json.dumps(ingest_once(settings, wait=wait))}\n")
     sys.stdout.flush()
 

@@ -452,6 +452,25 @@ def test_load_config_max_file_size_of_mxcp_is_ignored(site):
     assert site(AUDIT + "      max_file_size: 100MB\n      enabled: true\n").enabled is True
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("audit: {enabled: true}", ":1:1: audit: must stand under profiles.default"),
+        (
+            "profiles:\n  default:\n    enabled: true",
+            ":3:5: profiles.default.enabled: must stand under profiles.default.audit",
+        ),
+        (
+            "profiles:\n  default:\n    audit:\n    enabled: true",
+            ":4:5: profiles.default.enabled: must stand under",
+        ),
+    ],
+)
+def test_fx_145_audit_in_the_wrong_place_is_never_silently_off(site, text, problem):
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        load_config(config=site(text))
+
+
 def test_load_config_other_sections_and_profiles_are_not_validated(site):
     text = "dbt: 5\nprofiles:\n  default:\n    duckdb: []\n    audit: {enabled: true}\n"
     text += "  other:\n    audit: {enabled: 'no'}\n"

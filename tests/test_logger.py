@@ -473,6 +473,22 @@ def test_workers_that_end_at_once_leave_every_event_in_the_table(db: Path, engin
     assert (verdict.in_table, len(verdict.names), verdict.doubled) == (200, 200, 0)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's /proc")
+def test_fx_097_where_memory_ends_the_child_goes_before_the_server(db: Path) -> None:
+    with held_database(db):
+        body = """
+            audit = AuditLogger(sys.argv[1], flush_interval=0.01)
+            audit.log_event("cli", "tool", "x")
+            score, until = "", time.monotonic() + 20
+            while score != "1000" and time.monotonic() < until:
+                time.sleep(0.01)
+                with contextlib.suppress(AttributeError, OSError):  # it has not begun, or has ended
+                    score = open(f"/proc/{audit._ingester._child.pid}/oom_score_adj").read().strip()
+            print(score); audit.shutdown(0.5)
+            """
+        assert run("            import contextlib" + body, db).stdout == "1000\n"
+
+
 def test_child_that_ingests_ends_with_its_process(db: Path) -> None:
     with held_database(db):
         body = """

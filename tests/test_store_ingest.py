@@ -22,6 +22,7 @@ from mxcp_audit import (
     Diagnostics,
     Journal,
     Loss,
+    QueryError,
     Store,
     StoreError,
 )
@@ -313,9 +314,23 @@ def test_doctor_sees_rights_space_and_half_lines(db: Path, monkeypatch: pytest.M
     path.with_suffix(".torn").write_text("half")
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != db)  # root may everything
     monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=2**20))
+    monkeypatch.setattr(os, "statvfs", lambda path: types.SimpleNamespace(f_files=40, f_favail=0))
     report, faults = said_by_doctor(db)
+    assert f"only 0 inodes are free in {db.parent}" in faults  # FX-087
     assert f"{db} can't be read and written" in faults and "only 1 MiB are free" in faults
     assert report["journal"]["torn"] == 1
+
+
+def test_fx_097_short_memory_is_not_told_as_a_foreign_table(db: Path) -> None:
+    for text in ("Out of Memory Error: none", "the duckdb program ended without a word (was it killed?)"):
+
+        def fail(statement: str, text: str = text) -> None:
+            raise QueryError(text)
+
+        engine: Any = types.SimpleNamespace(execute=fail)
+        with pytest.raises(QueryError) as caught:
+            store_of(db).target.change_logs(engine, "")
+        assert str(caught.value) == text
 
 
 @pytest.mark.parametrize("kind", ["directory", "fifo", "socket", "link"])
