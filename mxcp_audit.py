@@ -5938,6 +5938,7 @@ def store_error(message: str) -> StoreError:
     """Return our error for a message of DuckDB's, whatever that quotes."""
     message = re.split(r"\n(?:DETAIL|CONTEXT):", message)[0]  # PostgreSQL's, with what was recorded
     said = re.sub(r""""[^"]*"|'[^']*'|\nLINE \d+:(?s:.*)""", "", message).lower()
+    said = said.rpartition("original error:")[2].strip() or said  # a full disk is no damage
     if said.startswith(("parser error", "conversion error", "out of range error")):
         return QueryError(message.strip())
     kind = next((kind for kind, signs in _ENGINE_ERRORS.items() if re.search(signs, said)), QueryError)
@@ -6432,11 +6433,9 @@ class Target:
     def _attach(self, engine: Engine, *, write: bool, make: bool) -> None:
         options = self.options if write else {**self.options, "READ_ONLY": True}
         if self.is_file:
-            if self.is_absent():
-                if not make:
-                    text = "correct the path, or run `ingest` if events wait"
-                    raise DatabaseNotFoundError(f"{_NOT_FOUND}{self.path}: {text}")
+            if make and self.is_absent():
                 self._make_file(engine)
+            self.refuse_absent()
             attach(engine, self.path, "audit", options)
             return
         if self.is_lake and write:  # fewer rows stay in its catalogue at first
@@ -6523,6 +6522,12 @@ class Target:
             return True
         except OSError as error:
             raise StoreError(f"{self.path}: {error.strerror}; check the path and its permissions") from error
+
+    def refuse_absent(self) -> None:
+        """Raise DatabaseNotFoundError if there is no database file."""
+        if self.is_absent():
+            text = "correct the path, or run `ingest` if events wait"
+            raise DatabaseNotFoundError(f"{_NOT_FOUND}{self.path}: {text}")
 
     def view_tables(self, engine: Engine) -> dict[str, dict[str, str]]:
         """Define the views `sound_logs` and `sound_ledger`; return the types of the tables' columns."""
@@ -7969,8 +7974,10 @@ FROM sound_ledger WHERE kind = 'segment' AND segment = $segment"""
             return prove(engine, event_id)
 
     @contextlib.contextmanager
-    def _alone(self, wait: float) -> Iterator[None]:
-        """Hold the ingest lock, trying for `wait` seconds."""
+    def _alone(self, wait: float, *, make: bool = False) -> Iterator[None]:
+        """Hold the ingest lock, trying for `wait` seconds; without `make`, only beside a database."""
+        if not make:
+            self.target.refuse_absent()
         self.journal.make_directory()
         for _ in tries(wait):
             with self.journal.ingest_lock() as mine:
@@ -8020,7 +8027,10 @@ FROM sound_ledger WHERE kind = 'segment' AND segment = $segment"""
         place, target = self._refuse_remote("restore"), self.target
         old = Journal(path + ".journal")  # of backups by earlier versions
         source = Target(Config(os.path.abspath(path), attach=target.options), old)
-        with self._alone(wait), _scratch(place, f"{place} can't be restored", name="restore") as scratch:
+        with (
+            self._alone(wait, make=True),
+            _scratch(place, f"{place} can't be restored", name="restore") as scratch,
+        ):
             with source.session(wait) as engine:
                 if not source.view_tables(engine)["logs"]:
                     raise StoreError(f"{path} holds no audit log; name a copy that `backup` made")
@@ -9419,7 +9429,7 @@ def _value(metavar: str, text: str, *, local: bool) -> Any:
     elif metavar == "N":
         if re.fullmatch("0*[1-9][0-9]{,17}", text):
             return int(text)
-        raise ValueError(f"{text!r} is no whole number above 0")
+        raise ValueError(f"{text!r} is no whole number above 0 and below 10^18")
     elif metavar == "SECONDS":
         if re.fullmatch(r"[0-9]{1,5}(\.[0-9]*)?", text):
             return float(text)
@@ -10196,7 +10206,7 @@ def cmd_report(args: Args) -> None:
 
 def cmd_verify(args: Args) -> int:
     checkpoint = _read_checkpoint(args.checkpoint, args.signed_by) if args.checkpoint else []
-    store = Store(_config_of(args))
+    store = _store_of(args)
     verdict = store.verify(checkpoint=checkpoint, since=args.since, wait=args.wait, progress=_progress)
     if args.json:
         names = "intact entries segments events purged lost legacy waiting_bytes more_findings purges notes"
@@ -10250,20 +10260,20 @@ def _read_checkpoint(path: str, signers: str | None = None) -> list[Head]:
 
 
 def cmd_checkpoint(args: Args) -> None:
-    checkpoint = Store(_config_of(args)).checkpoint(wait=args.wait)
+    checkpoint = _store_of(args).checkpoint(wait=args.wait)
     if args.sign:
         checkpoint["signature"] = sign_checkpoint(args.sign, checkpoint)
     _print_json(checkpoint, indent=None)
 
 
 def cmd_prove(args: Args) -> None:
-    _print_json(Store(_config_of(args)).prove(args.event, wait=args.wait), indent=None)
+    _print_json(_store_of(args).prove(args.event, wait=args.wait), indent=None)
 
 
 def cmd_purge(args: Args) -> None:
     if args.older_than > sql_time(utc_now()):
         raise _UsageError("--older-than lies in the future; everything would go")
-    store, archive, dry_run = Store(_config_of(args)), args.archive, args.dry_run
+    store, archive, dry_run = _store_of(args), args.archive, args.dry_run
     if archive:
         if os.path.lexists(archive) and not os.path.isdir(archive):
             raise _UsageError(f"{archive} is no directory; name one for --archive")
@@ -10282,7 +10292,7 @@ def cmd_purge(args: Args) -> None:
 
 
 def cmd_backup(args: Args) -> None:
-    events = Store(_config_of(args)).backup(args.file, wait=args.wait)
+    events = _store_of(args).backup(args.file, wait=args.wait)
     _print(f"{counted(events, 'event')} copied to {args.file}")
 
 
@@ -10294,7 +10304,7 @@ def cmd_restore(args: Args) -> None:
 
 
 def cmd_compact(args: Args) -> None:
-    before, after = Store(_config_of(args)).compact(wait=args.wait)
+    before, after = _store_of(args).compact(wait=args.wait)
     _print(f"{before} bytes before, {after} bytes after")
 
 
