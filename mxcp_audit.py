@@ -4756,7 +4756,8 @@ class Exchange:
         origin = origin_of(context, self.logger.config.trusted_proxies)
         origin.update(arguments=arguments, denied_by=self.denied_by, caller=self.caller or origin["caller"])
         origin["server"] = _text(_get(server, "name")) or self.server
-        call = Call(self.logger, event_type, str(_get(message, "name", "uri") or ""), arguments, **origin)
+        name = _get(message, "uri") if event_type == "resource" else _get(message, "name")
+        call = Call(self.logger, event_type, str(name or ""), arguments, **origin)
         return cast(Call, self.logger.unfinished.resumed(call, message))
 
     def call_within(self, event_type: str, message: object = None) -> Call | None:
@@ -9183,8 +9184,9 @@ class StdioAudit(Exchange):
             batch = value if isinstance(value, list) else [value]
             known = messages[:] if piece is text else []  # by its parts
             messages += [each for each in batch if type(each) is dict and each not in known]
-        if doubtful:
-            return messages, "a message names its method twice: servers may differ in what they execute"
+        given = [_parts_of(each)[2] for each in messages] if is_client else []
+        if doubtful or any(len({*map(str.lower, p)}) < len(p) for p in given if type(p) is dict):
+            return messages, "a message says something twice: servers may differ in what they execute"
         is_none = is_client and text in unreadable and not {*parts}.isdisjoint(unreadable)
         return messages, "a line passed unaudited: it is no JSON" if is_none else None
 
@@ -9280,9 +9282,9 @@ class WrappedServer:
             _give_up(0)
             return
         self._process.stdin.close()
-        if _reader_is_gone(1):
-            self._client_gone = True
-            self._end_group(0, _SIGTERM, _SIGKILL)
+        while self._reading_since >= 0 and not self._client_gone:
+            self._client_gone = _reader_is_gone(1, 1.0)
+        self._end_group(0, _SIGTERM, _SIGKILL)
 
     def _pass_answers(self) -> None:
         for data in self._pieces_of(self._process.stdout.fileno()):
@@ -9290,6 +9292,7 @@ class WrappedServer:
             if self._is_admitted(data, is_client=False):
                 self._answer(data)
             self._reading_since = time.monotonic()
+        self._reading_since = -inf
         _give_up(1)
 
     def _pieces_of(self, fd: int) -> Iterator[bytes | None]:
@@ -9359,16 +9362,16 @@ def _give_up(fd: int) -> None:
     os.dup2(os.open(os.devnull, os.O_RDWR), fd)
 
 
-def _reader_is_gone(fd: int, seconds: float | None = None) -> bool:
+def _reader_is_gone(fd: int, seconds: float) -> bool:
     """Return True once nobody reads `fd` any more; False if unknown in time."""
     import select
 
     if not hasattr(select, "poll"):
-        time.sleep(seconds or 0)
+        time.sleep(seconds)
         return False
     poll = select.poll()
     poll.register(fd, 0)
-    return bool(poll.poll(seconds and 1000 * seconds))
+    return bool(poll.poll(1000 * seconds))
 
 
 def end_like(code: int) -> int:
