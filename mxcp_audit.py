@@ -791,6 +791,13 @@ class _SiteFile(_YamlReader):
         return name, source
 
 
+def _absolute(path: str | os.PathLike[str]) -> str:
+    try:
+        return os.path.abspath(path)
+    except OSError as error:
+        raise ConfigError(f"the working directory is gone ({error.strerror})") from error
+
+
 def config_from_arguments(path: str | os.PathLike[str], **settings: object) -> Config:
     """Return the settings of keyword arguments."""
     given = {"path": path, **{name: value for name, value in settings.items() if value is not None}}
@@ -800,7 +807,7 @@ def config_from_arguments(path: str | os.PathLike[str], **settings: object) -> C
         problem = f"{public_target(checked['path'])} is no file, so there is no place beside it"
         raise ConfigError(f"{problem}; name a directory", trail=("journal",))
     for name in checked.keys() & ({"journal"} if is_remote else {"path", "journal"}):
-        checked[name] = os.path.abspath(checked[name])
+        checked[name] = _absolute(checked[name])
     return Config(**{"enabled": True, **checked}, sources=dict.fromkeys(given, "argument"))
 
 
@@ -822,10 +829,7 @@ def load_config(
     Raises:
         ConfigError: no site file, an unreadable one, an unknown profile, or a wrong setting; with its place.
     """
-    try:
-        start = os.path.abspath(cwd or "")
-    except OSError as error:
-        raise ConfigError(f"the working directory is gone ({error.strerror})") from error
+    start = os.curdir if config and os.path.isabs(config) else _absolute(cwd or "")
     site_file = find_site_file(start) if config is None else os.path.join(start, config)
     if site_file is None:
         text = f"there is no {SITE_FILE} here or above; name one with --config or config=, use --db or"
@@ -2886,9 +2890,15 @@ def make_file(path: str, flags: int, *, group: bool | None = None) -> int:
     return fd
 
 
+def set_mode(path: str, mode: int) -> None:
+    """Set the mode of a file of ours, where the file system knows modes."""
+    with suppress(PermissionError):
+        os.chmod(path, mode)
+
+
 def take_after(path: str, old: os.stat_result) -> None:
     """Give a file the mode and owner of the one that it replaces."""
-    os.chmod(path, stat.S_IMODE(old.st_mode))
+    set_mode(path, stat.S_IMODE(old.st_mode))
     with suppress(AttributeError, PermissionError):
         os.chown(path, old.st_uid, old.st_gid)
 
@@ -6508,7 +6518,7 @@ class Target:
         with _scratch(place, problem, name=name) as scratch:
             path = os.path.join(scratch, "new")
             attach(engine, path, "scratch", self.new_file)
-            os.chmod(path, FILE_MODES[self._group])
+            set_mode(path, FILE_MODES[self._group])
             give_to_owner(path)
             engine.execute("DETACH scratch")
             if self.is_absent():  # also an empty file: somebody ran `touch`
@@ -7199,7 +7209,7 @@ WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER BY ingested_at, po
                     self._write(sql, target, form)
             except QueryError as error:
                 raise StoreError(f"{problem}: {error}") from error
-            os.chmod(target, FILE_MODES[False])
+            set_mode(target, FILE_MODES[False])
             give_to_owner(target)
             os.replace(target, path)
         return int(matching if count is None else min(count, matching))
@@ -7792,7 +7802,7 @@ def _copy_database(engine: Engine, target: Target, folder: str) -> str:
     """Copy the attached target into a new file, and read that back."""
     path = os.path.join(folder, "copy")
     attach(engine, path, "fresh", target.new_file)
-    os.chmod(path, FILE_MODES[False])
+    set_mode(path, FILE_MODES[False])
     for statement in ("COPY FROM DATABASE audit TO fresh", "CHECKPOINT fresh", "DETACH fresh"):
         engine.execute(statement)
     sync_file(path)
