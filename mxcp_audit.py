@@ -2832,7 +2832,11 @@ def sync_file(path: str, flags: int = os.O_RDWR | _NO_FOLLOW) -> None:
 def sync_directory(directory: str) -> None:
     """Force names in a directory to the disk; Windows needs no such thing."""
     if sys.platform != "win32":
-        sync_file(directory, os.O_RDONLY)
+        try:
+            sync_file(directory, os.O_RDONLY)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # can't here
+                raise
 
 
 def _size_of(path: str) -> int:
@@ -2891,7 +2895,7 @@ def make_file(path: str, flags: int, *, group: bool | None = None) -> int:
 
 
 def set_mode(path: str, mode: int) -> None:
-    """Set the mode of a file of ours, where the file system knows modes."""
+    """Set a file's mode, where there are modes."""
     with suppress(PermissionError):
         os.chmod(path, mode)
 
@@ -5949,7 +5953,7 @@ def store_error(message: str) -> StoreError:
     """Return our error for a message of DuckDB's, whatever that quotes."""
     message = re.split(r"\n(?:DETAIL|CONTEXT):", message)[0]  # PostgreSQL's, with what was recorded
     said = re.sub(r""""[^"]*"|'[^']*'|\nLINE \d+:(?s:.*)""", "", message).lower()
-    said = said.rpartition("original error:")[2].strip() or said  # a full disk is no damage
+    said = said.rpartition("original error:")[2].strip() or said
     if said.startswith(("parser error", "conversion error", "out of range error")):
         return QueryError(message.strip())
     kind = next((kind for kind, signs in _ENGINE_ERRORS.items() if re.search(signs, said)), QueryError)
@@ -7986,7 +7990,7 @@ FROM sound_ledger WHERE kind = 'segment' AND segment = $segment"""
 
     @contextlib.contextmanager
     def _alone(self, wait: float, *, make: bool = False) -> Iterator[None]:
-        """Hold the ingest lock, trying for `wait` seconds; without `make`, only beside a database."""
+        """Hold the ingest lock; without `make`, only beside a database."""
         if not make:
             self.target.refuse_absent()
         self.journal.make_directory()
@@ -9442,7 +9446,7 @@ def _value(metavar: str, text: str, *, local: bool) -> Any:
     elif metavar == "N":
         if re.fullmatch("0*[1-9][0-9]{,17}", text):
             return int(text)
-        raise ValueError(f"{text!r} is no whole number above 0 and below 10^18")
+        raise ValueError(f"{text!r} is no whole number above 0 (or too large)")
     elif metavar == "SECONDS":
         if re.fullmatch(r"[0-9]{1,5}(\.[0-9]*)?", text):
             return float(text)
