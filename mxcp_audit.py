@@ -791,6 +791,13 @@ class _SiteFile(_YamlReader):
         return name, source
 
 
+def _absolute(path: str | os.PathLike[str]) -> str:
+    try:
+        return os.path.abspath(path)
+    except OSError as error:
+        raise ConfigError(f"the working directory is gone ({error.strerror})") from error
+
+
 def config_from_arguments(path: str | os.PathLike[str], **settings: object) -> Config:
     """Return the settings of keyword arguments."""
     given = {"path": path, **{name: value for name, value in settings.items() if value is not None}}
@@ -800,7 +807,7 @@ def config_from_arguments(path: str | os.PathLike[str], **settings: object) -> C
         problem = f"{public_target(checked['path'])} is no file, so there is no place beside it"
         raise ConfigError(f"{problem}; name a directory", trail=("journal",))
     for name in checked.keys() & ({"journal"} if is_remote else {"path", "journal"}):
-        checked[name] = os.path.abspath(checked[name])
+        checked[name] = _absolute(checked[name])
     return Config(**{"enabled": True, **checked}, sources=dict.fromkeys(given, "argument"))
 
 
@@ -822,10 +829,7 @@ def load_config(
     Raises:
         ConfigError: no site file, an unreadable one, an unknown profile, or a wrong setting; with its place.
     """
-    try:
-        start = os.path.abspath(cwd or "")
-    except OSError as error:
-        raise ConfigError(f"the working directory is gone ({error.strerror})") from error
+    start = os.curdir if config and os.path.isabs(config) else _absolute(cwd or "")
     site_file = find_site_file(start) if config is None else os.path.join(start, config)
     if site_file is None:
         text = f"there is no {SITE_FILE} here or above; name one with --config or config=, use --db or"
@@ -2822,7 +2826,11 @@ def sync_file(path: str, flags: int = os.O_RDWR | _NO_FOLLOW) -> None:
 def sync_directory(directory: str) -> None:
     """Force names in a directory to the disk; Windows needs no such thing."""
     if sys.platform != "win32":
-        sync_file(directory, os.O_RDONLY)
+        try:
+            sync_file(directory, os.O_RDONLY)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # can't here
+                raise
 
 
 def _size_of(path: str) -> int:
@@ -2880,9 +2888,15 @@ def make_file(path: str, flags: int, *, group: bool | None = None) -> int:
     return fd
 
 
+def set_mode(path: str, mode: int) -> None:
+    """Set a file's mode, where there are modes."""
+    with suppress(PermissionError):
+        os.chmod(path, mode)
+
+
 def take_after(path: str, old: os.stat_result) -> None:
     """Give a file the mode and owner of the one that it replaces."""
-    os.chmod(path, stat.S_IMODE(old.st_mode))
+    set_mode(path, stat.S_IMODE(old.st_mode))
     with suppress(AttributeError, PermissionError):
         os.chown(path, old.st_uid, old.st_gid)
 
@@ -4754,7 +4768,8 @@ class Exchange:
         origin = origin_of(context, self.logger.config.trusted_proxies)
         origin.update(arguments=arguments, denied_by=self.denied_by, caller=self.caller or origin["caller"])
         origin["server"] = _text(_get(server, "name")) or self.server
-        call = Call(self.logger, event_type, str(_get(message, "name", "uri") or ""), arguments, **origin)
+        name = _get(message, "uri") if event_type == "resource" else _get(message, "name")
+        call = Call(self.logger, event_type, str(name or ""), arguments, **origin)
         return cast(Call, self.logger.unfinished.resumed(call, message))
 
     def call_within(self, event_type: str, message: object = None) -> Call | None:
@@ -5936,6 +5951,7 @@ def store_error(message: str) -> StoreError:
     """Return our error for a message of DuckDB's, whatever that quotes."""
     message = re.split(r"\n(?:DETAIL|CONTEXT):", message)[0]  # PostgreSQL's, with what was recorded
     said = re.sub(r""""[^"]*"|'[^']*'|\nLINE \d+:(?s:.*)""", "", message).lower()
+    said = said.rpartition("original error:")[2].strip() or said
     if said.startswith(("parser error", "conversion error", "out of range error")):
         return QueryError(message.strip())
     kind = next((kind for kind, signs in _ENGINE_ERRORS.items() if re.search(signs, said)), QueryError)
@@ -6430,11 +6446,9 @@ class Target:
     def _attach(self, engine: Engine, *, write: bool, make: bool) -> None:
         options = self.options if write else {**self.options, "READ_ONLY": True}
         if self.is_file:
-            if self.is_absent():
-                if not make:
-                    text = "correct the path, or run `ingest` if events wait"
-                    raise DatabaseNotFoundError(f"{_NOT_FOUND}{self.path}: {text}")
+            if make and self.is_absent():
                 self._make_file(engine)
+            self.refuse_absent()
             attach(engine, self.path, "audit", options)
             return
         if self.is_lake and write:  # fewer rows stay in its catalogue at first
@@ -6506,7 +6520,7 @@ class Target:
         with _scratch(place, problem, name=name) as scratch:
             path = os.path.join(scratch, "new")
             attach(engine, path, "scratch", self.new_file)
-            os.chmod(path, FILE_MODES[self._group])
+            set_mode(path, FILE_MODES[self._group])
             give_to_owner(path)
             engine.execute("DETACH scratch")
             if self.is_absent():  # also an empty file: somebody ran `touch`
@@ -6521,6 +6535,12 @@ class Target:
             return True
         except OSError as error:
             raise StoreError(f"{self.path}: {error.strerror}; check the path and its permissions") from error
+
+    def refuse_absent(self) -> None:
+        """Raise DatabaseNotFoundError if there is no database file."""
+        if self.is_absent():
+            text = "correct the path, or run `ingest` if events wait"
+            raise DatabaseNotFoundError(f"{_NOT_FOUND}{self.path}: {text}")
 
     def view_tables(self, engine: Engine) -> dict[str, dict[str, str]]:
         """Define the views `sound_logs` and `sound_ledger`; return the types of the tables' columns."""
@@ -7196,7 +7216,7 @@ WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER BY ingested_at, po
                     self._write(sql, target, form)
             except QueryError as error:
                 raise StoreError(f"{problem}: {error}") from error
-            os.chmod(target, FILE_MODES[False])
+            set_mode(target, FILE_MODES[False])
             give_to_owner(target)
             os.replace(target, path)
         return int(matching if count is None else min(count, matching))
@@ -7789,7 +7809,7 @@ def _copy_database(engine: Engine, target: Target, folder: str) -> str:
     """Copy the attached target into a new file, and read that back."""
     path = os.path.join(folder, "copy")
     attach(engine, path, "fresh", target.new_file)
-    os.chmod(path, FILE_MODES[False])
+    set_mode(path, FILE_MODES[False])
     for statement in ("COPY FROM DATABASE audit TO fresh", "CHECKPOINT fresh", "DETACH fresh"):
         engine.execute(statement)
     sync_file(path)
@@ -7974,8 +7994,10 @@ FROM sound_ledger WHERE kind = 'segment' AND segment = $segment"""
             return prove(engine, event_id)
 
     @contextlib.contextmanager
-    def _alone(self, wait: float) -> Iterator[None]:
-        """Hold the ingest lock, trying for `wait` seconds."""
+    def _alone(self, wait: float, *, make: bool = False) -> Iterator[None]:
+        """Hold the ingest lock; without `make`, only beside a database."""
+        if not make:
+            self.target.refuse_absent()
         self.journal.make_directory()
         for _ in tries(wait):
             with self.journal.ingest_lock() as mine:
@@ -8025,7 +8047,10 @@ FROM sound_ledger WHERE kind = 'segment' AND segment = $segment"""
         place, target = self._refuse_remote("restore"), self.target
         old = Journal(path + ".journal")  # of backups by earlier versions
         source = Target(Config(os.path.abspath(path), attach=target.options), old)
-        with self._alone(wait), _scratch(place, f"{place} can't be restored", name="restore") as scratch:
+        with (
+            self._alone(wait, make=True),
+            _scratch(place, f"{place} can't be restored", name="restore") as scratch,
+        ):
             with source.session(wait) as engine:
                 if not source.view_tables(engine)["logs"]:
                     raise StoreError(f"{path} holds no audit log; name a copy that `backup` made")
@@ -9184,8 +9209,9 @@ class StdioAudit(Exchange):
             batch = value if isinstance(value, list) else [value]
             known = messages[:] if piece is text else []  # by its parts
             messages += [each for each in batch if type(each) is dict and each not in known]
-        if doubtful:
-            return messages, "a message names its method twice: servers may differ in what they execute"
+        given = [_parts_of(each)[2] for each in messages] if is_client else []
+        if doubtful or any(len({*map(str.lower, p)}) < len(p) for p in given if type(p) is dict):
+            return messages, "a message says something twice: servers may differ in what they execute"
         is_none = is_client and text in unreadable and not {*parts}.isdisjoint(unreadable)
         return messages, "a line passed unaudited: it is no JSON" if is_none else None
 
@@ -9281,9 +9307,9 @@ class WrappedServer:
             _give_up(0)
             return
         self._process.stdin.close()
-        if _reader_is_gone(1):
-            self._client_gone = True
-            self._end_group(0, _SIGTERM, _SIGKILL)
+        while self._reading_since >= 0 and not self._client_gone:
+            self._client_gone = _reader_is_gone(1, 1.0)
+        self._end_group(0, _SIGTERM, _SIGKILL)
 
     def _pass_answers(self) -> None:
         for data in self._pieces_of(self._process.stdout.fileno()):
@@ -9291,6 +9317,7 @@ class WrappedServer:
             if self._is_admitted(data, is_client=False):
                 self._answer(data)
             self._reading_since = time.monotonic()
+        self._reading_since = -inf
         _give_up(1)
 
     def _pieces_of(self, fd: int) -> Iterator[bytes | None]:
@@ -9360,16 +9387,16 @@ def _give_up(fd: int) -> None:
     os.dup2(os.open(os.devnull, os.O_RDWR), fd)
 
 
-def _reader_is_gone(fd: int, seconds: float | None = None) -> bool:
+def _reader_is_gone(fd: int, seconds: float) -> bool:
     """Return True once nobody reads `fd` any more; False if unknown in time."""
     import select
 
     if not hasattr(select, "poll"):
-        time.sleep(seconds or 0)
+        time.sleep(seconds)
         return False
     poll = select.poll()
     poll.register(fd, 0)
-    return bool(poll.poll(seconds and 1000 * seconds))
+    return bool(poll.poll(1000 * seconds))
 
 
 def end_like(code: int) -> int:
@@ -9430,7 +9457,7 @@ def _value(metavar: str, text: str, *, local: bool) -> Any:
     elif metavar == "N":
         if re.fullmatch("0*[1-9][0-9]{,17}", text):
             return int(text)
-        raise ValueError(f"{text!r} is no whole number above 0")
+        raise ValueError(f"{text!r} is no whole number above 0 (or too large)")
     elif metavar == "SECONDS":
         if re.fullmatch(r"[0-9]{1,5}(\.[0-9]*)?", text):
             return float(text)
@@ -10207,7 +10234,7 @@ def cmd_report(args: Args) -> None:
 
 def cmd_verify(args: Args) -> int:
     checkpoint = _read_checkpoint(args.checkpoint, args.signed_by) if args.checkpoint else []
-    store = Store(_config_of(args))
+    store = _store_of(args)
     verdict = store.verify(checkpoint=checkpoint, since=args.since, wait=args.wait, progress=_progress)
     if args.json:
         names = "intact entries segments events purged lost legacy waiting_bytes more_findings purges notes"
@@ -10261,20 +10288,20 @@ def _read_checkpoint(path: str, signers: str | None = None) -> list[Head]:
 
 
 def cmd_checkpoint(args: Args) -> None:
-    checkpoint = Store(_config_of(args)).checkpoint(wait=args.wait)
+    checkpoint = _store_of(args).checkpoint(wait=args.wait)
     if args.sign:
         checkpoint["signature"] = sign_checkpoint(args.sign, checkpoint)
     _print_json(checkpoint, indent=None)
 
 
 def cmd_prove(args: Args) -> None:
-    _print_json(Store(_config_of(args)).prove(args.event, wait=args.wait), indent=None)
+    _print_json(_store_of(args).prove(args.event, wait=args.wait), indent=None)
 
 
 def cmd_purge(args: Args) -> None:
     if args.older_than > sql_time(utc_now()):
         raise _UsageError("--older-than lies in the future; everything would go")
-    store, archive, dry_run = Store(_config_of(args)), args.archive, args.dry_run
+    store, archive, dry_run = _store_of(args), args.archive, args.dry_run
     if archive:
         if os.path.lexists(archive) and not os.path.isdir(archive):
             raise _UsageError(f"{archive} is no directory; name one for --archive")
@@ -10293,7 +10320,7 @@ def cmd_purge(args: Args) -> None:
 
 
 def cmd_backup(args: Args) -> None:
-    events = Store(_config_of(args)).backup(args.file, wait=args.wait)
+    events = _store_of(args).backup(args.file, wait=args.wait)
     _print(f"{counted(events, 'event')} copied to {args.file}")
 
 
@@ -10305,7 +10332,7 @@ def cmd_restore(args: Args) -> None:
 
 
 def cmd_compact(args: Args) -> None:
-    before, after = Store(_config_of(args)).compact(wait=args.wait)
+    before, after = _store_of(args).compact(wait=args.wait)
     _print(f"{before} bytes before, {after} bytes after")
 
 

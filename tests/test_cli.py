@@ -938,3 +938,20 @@ def test_fx_134_sigterm_leaves_no_half_file_and_the_old_one(filled: Path) -> Non
     )
     assert done.returncode == -signal.SIGTERM and done.stderr == b""
     assert (filled / "old.csv").read_text() == "old" and not list(filled.glob(".old.csv*"))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize(
+    "command",
+    ["log", "stats", "verify", "checkpoint", "purge --older-than 1d", "compact", "backup copy", "ingest"],
+)
+def test_fx_234_commands_without_a_database_make_nothing_and_say_why(
+    tmp_path: Path, run: Cli, command: str, enabled: bool
+) -> None:
+    site = f"profiles: {{default: {{audit: {{enabled: {str(enabled).lower()}, path: no/where.duckdb}}}}}}\n"
+    (tmp_path / "mxcp-site.yml").write_text(site)
+    done = run(*command.split())
+    if command != "ingest":
+        assert done.returncode == 2 - enabled
+        assert ("Audit database not found" if enabled else "is not enabled") in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mxcp-site.yml"]

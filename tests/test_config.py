@@ -723,3 +723,8 @@ def test_load_config_in_a_directory_that_is_gone_says_so(
     (tmp_path / "gone").rmdir()
     with pytest.raises(ConfigError, match="working directory is gone"):
         load_config()
+    with pytest.raises(ConfigError, match="working directory is gone"):
+        mxcp_audit.config_from_arguments("log.duckdb")
+    site = tmp_path / "mxcp-site.yml"
+    site.write_text("profiles: {default: {audit: {enabled: true}}}")
+    assert load_config(config=site).path == str(tmp_path / "logs-default.duckdb")  # FX-228

@@ -160,6 +160,13 @@ def test_package_engine_in_a_forked_child_leaves_the_parents_session_alone(sessi
         ("IO Error: Corrupt database file: computed checksum 1 does not match", DatabaseCorruptError),
         ('IO Error: Could not read enough bytes from file "x"', DatabaseCorruptError),
         ("FATAL Error: database has been invalidated", DatabaseCorruptError),
+        (  # FX-212: a full disk is no damage
+            'FATAL Error: Checkpoint failed for database "x". The database has been invalidated. '
+            'Original error: Could not write file "x": No space left on device',
+            QueryError,
+        ),
+        ("FATAL Error: database has been invalidated\nOriginal error: 'Corrupt'", DatabaseCorruptError),
+        ("FATAL Error: invalidated. Original error: Corrupt database file", DatabaseCorruptError),
         ("Parser Error: syntax error", QueryError),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -358,3 +359,12 @@ def test_identity_that_is_empty_is_made_anew(journal: Journal) -> None:
     place = Path(journal.directory, "journal.id")
     place.write_text("")
     assert journal.identity() == place.read_text().strip() != ""
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_fx_230_directory_that_cannot_be_synced_is_no_fault_but_a_broken_disk_is(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, "fsync", OSError(code, "no"))
+    with pytest.raises(OSError) if code == errno.EIO else contextlib.nullcontext():
+        mxcp_audit.sync_directory(str(tmp_path))

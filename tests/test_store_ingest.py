@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -448,3 +449,18 @@ def test_ingest_where_the_database_has_no_directory_says_so(db: Path, engine: st
     with pytest.raises(StoreError, match="check the path and its permissions"):
         Store(config).ingest()
     assert len(Journal(f"{db}.journal").segments()) == 1
+
+
+def test_fx_230_file_system_without_modes_takes_the_log_and_its_copies(
+    db: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise PermissionError(errno.EPERM, "no modes here")
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    with mxcp_audit.AuditLogger(db, flush_interval=60) as logger:
+        logger.log_event(caller="cli", event_type="tool", name="one")
+    store = Store(mxcp_audit.config_from_arguments(db))
+    assert store.ingest() and store.backup(str(db.with_name("copy.duckdb"))) == 1
+    store.compact()
+    assert not store.verify(wait=0).findings

@@ -287,6 +287,7 @@ def test_stdio_call_that_is_sent_twice_is_recorded_twice(end: bytes) -> None:
         b"{'method': 'tools/call'}",
         b'{"method": "ping", "method": "tools/call", "id": 1}',
         b'{"method": "ping", "METHOD": "tools/call", "id": 1}',
+        b'{"method": "tools/call", "id": 1, "params": {"name": "list", "Name": "delete"}}',
         b"{'a':\r'b'}",
         b"{,}",
         b"{'method': 'tools/call'}\r{}",
@@ -296,6 +297,14 @@ def test_stdio_call_that_is_sent_twice_is_recorded_twice(end: bytes) -> None:
 def test_stdio_what_only_some_servers_can_read_is_told(line: bytes) -> None:
     audit = mxcp_audit.StdioAudit(mxcp_audit.AuditLogger("unused.duckdb", enabled=False))
     assert audit.from_client(line + b"\n")
+
+
+def test_fx_219_resource_is_recorded_by_its_uri_whatever_name_the_client_adds(
+    tmp_path: Path, cli: Cli
+) -> None:
+    line = b'{"id": 1, "method": "resources/read", "params": {"name": "harmless", "uri": "a://secrets"}}\n'
+    assert run(wrap(server=[sys.executable, "-c", CAT]), tmp_path, line).stdout == line
+    assert [event["name"] for event in events(cli)] == ["a://secrets"]
 
 
 def test_wrap_signals_reach_the_server(tmp_path: Path) -> None:
@@ -381,6 +390,16 @@ def test_wrap_server_that_closes_its_output_seen_by_the_client(tmp_path: Path) -
     assert process.poll() is None
     process.stdin.close()
     assert process.wait(60) == 5
+    process.stdout.close()
+
+
+def test_fx_217_server_that_closed_its_output_does_not_outlive_its_input(tmp_path: Path) -> None:
+    server = f"import os, time\nos.close(1)\n{FOR_EVER}"
+    process = start(wrap(server=[sys.executable, "-c", server]), tmp_path)
+    assert process.stdin and process.stdout
+    assert process.stdout.read() == b""
+    process.stdin.close()
+    assert process.wait(60) == -signal.SIGTERM
     process.stdout.close()
 
 
