@@ -4983,8 +4983,6 @@ def _is_registered(function: object) -> bool:
 
 
 _UNHELD = (lambda function: (lambda each: sys.getrefcount(each))(function))(lambda: None)
-
-
 _KINDS: tuple[object, ...] = types.AsyncGeneratorType, types.GeneratorType, types.CoroutineType
 _TESTS = "isasyncgenfunction", "isgeneratorfunction", "iscoroutinefunction"  # of `inspect`, for these
 
@@ -9152,7 +9150,8 @@ class StdioAudit(Exchange):
             call = self.call_of(MCP_METHODS[method], context, params)
             self.finish(key, "its id was used again before it was answered")
             self._pending[key] = call
-            call.begin() if key is not None else self.finish(key, "sent without an id that could be answered")
+            call.begin()  # some servers execute what has no id
+            self.finish(key, "sent without an id that could be answered") if key is None else None
 
     def _take_answer(self, key: object, method: str, params: Any, message: dict[str, Any]) -> None:
         if isinstance(key, str) and key.isdecimal() and key not in self._pending:
@@ -9163,7 +9162,7 @@ class StdioAudit(Exchange):
         elif isinstance(pending, tuple):
             self._pending.pop(key, None)  # another thread may close all
             self.see(*pending, result, failure)
-        elif failure is not None:
+        elif failure is not None or "result" not in message:
             code = _text(_get(failure, "code"))
             text = _text(_get(failure, "message")) or _text(failure) or "the server answered with an error"
             self.finish(key, f"{text} ({code})" if code else text, code)
@@ -9178,23 +9177,20 @@ class StdioAudit(Exchange):
                 call.fail(error, code)
             call.end() if waits else call._end(None)
 
-    def close(self, reason: str) -> None:  # of what is unanswered
-        """Record every unanswered call, with `reason` as its error."""
+    def close(self, reason: str) -> None:  # of what is unanswered, as its error
         for key in list(self._pending):
             self.finish(key, reason, waits=False)
         self.logger.unfinished.close()
 
     def messages(self, line: bytes, *, is_client: bool) -> tuple[list[dict[str, Any]], str | None]:
         """Return the messages of a line, as any reader may take it, and what is wrong with it."""
-        messages: list[dict[str, Any]] = []
-        unreadable: list[str] = []
-        doubtful: list[object] = []  # objects that readers of the first, the last or any case see differently
+        messages, unreadable, doubtful = list[dict[str, Any]](), list[str](), list[object]()
 
         def _hook(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-            last, names = dict(pairs), [name.lower() for name, _ in pairs]
-            if "method" in names and (len(last) < len(names) or names.count("method") > 1):
-                doubtful.append(last)
-            return last
+            names = [name.lower() for name, _ in pairs]
+            if len({*names}) < len(names) and not {"method", "name", "uri"}.isdisjoint(names):
+                doubtful.append(pairs)  # readers of the first, the last or any case see others
+            return dict(pairs)
 
         text = line.strip().decode("utf-8", "replace").lstrip("\ufeff")
         parts = text.split("\r")  # Node's SDK ends lines at LF, Python's at CR as well
@@ -9209,9 +9205,8 @@ class StdioAudit(Exchange):
             batch = value if isinstance(value, list) else [value]
             known = messages[:] if piece is text else []  # by its parts
             messages += [each for each in batch if type(each) is dict and each not in known]
-        given = [_parts_of(each)[2] for each in messages] if is_client else []
-        if doubtful or any(len({*map(str.lower, p)}) < len(p) for p in given if type(p) is dict):
-            return messages, "a message says something twice: servers may differ in what they execute"
+        if doubtful:
+            return messages, "a message names a member twice: servers may differ in what they execute"
         is_none = is_client and text in unreadable and not {*parts}.isdisjoint(unreadable)
         return messages, "a line passed unaudited: it is no JSON" if is_none else None
 
@@ -9221,6 +9216,7 @@ def _parts_of(message: Mapping[str, Any]) -> tuple[object, str, Any]:
     members = {name.lower(): value for name, value in message.items() if value is not None}
     method = message.get("method") or members.get("method")
     params = message["params"] if message.get("params") is not None else members.get("params")
+    params = {**{k.lower(): v for k, v in params.items()}, **params} if type(params) is dict else params
     return _key_of(message.get("id")), method if isinstance(method, str) else "", params
 
 
@@ -9341,11 +9337,12 @@ class WrappedServer:
             problem = problem.replace(" passed unaudited", " was refused")
             error = {"code": -32000, "message": problem}
             for key, method, _ in map(_parts_of, self._stdio.messages(data or b"", is_client=is_client)[0]):
-                if key is not None and bool(method) is is_client:  # the client waits for it
+                if bool(method) is is_client:
                     self._stdio.finish(key, problem, "AuditUnavailableError", waits=False)
+                if key is not None and bool(method) is is_client:  # the client waits for it
                     self._answer(json.dumps({"jsonrpc": "2.0", "id": key, "error": error}).encode() + b"\n")
         if problem:
-            self._told.report("wrap", problem)
+            self._told.report(problem[:16], problem)  # the start tells the kind
         return not (problem and self._strict)
 
     def _answer(self, data: bytes | None) -> None:

@@ -287,7 +287,9 @@ def test_stdio_call_that_is_sent_twice_is_recorded_twice(end: bytes) -> None:
         b"{'method': 'tools/call'}",
         b'{"method": "ping", "method": "tools/call", "id": 1}',
         b'{"method": "ping", "METHOD": "tools/call", "id": 1}',
-        b'{"method": "tools/call", "id": 1, "params": {"name": "list", "Name": "delete"}}',
+        b'{"method": "tools/call", "id": 1, "params": {"name": "get"}, "Params": {"name": "delete"}}',
+        b'{"method": "tools/call", "id": 1, "params": {"name": "get", "Name": "delete"}}',
+        b'{"method": "resources/read", "id": 1, "params": {"uri": "a:b", "uri": "a:c"}}',
         b"{'a':\r'b'}",
         b"{,}",
         b"{'method': 'tools/call'}\r{}",
@@ -452,6 +454,43 @@ def test_wrap_journal_that_cannot_be_written_traffic_goes_on_or_stops(tmp_path: 
     assert done.returncode == 0 and set(answers) == {1, 2, 3} and "error" not in answers[3]
     for refused in (answers[1], answers[2]):
         assert "can't be put on record within 1 s; it was not executed" in refused["error"]["message"]
+
+
+def test_fx_wrap_strict_call_without_an_id_is_refused_too(tmp_path: Path) -> None:
+    """Some servers execute it."""
+    (tmp_path / "log.duckdb.journal").write_text("in the way")
+    (tmp_path / "mxcp-site.yml").write_text(
+        "profiles: {default: {audit: {enabled: yes, path: log.duckdb, strict: yes, strict_timeout: 1}}}\n"
+    )
+    without = message(method="tools/call", params={"name": "delete"})
+    other = message(method="notifications/initialized")
+    done = run(wrap(server=[sys.executable, "-c", CAT], database=None), tmp_path, without + other)
+    assert (done.returncode, done.stdout) == (0, other)
+
+
+def test_fx_wrap_each_kind_of_problem_is_told(tmp_path: Path) -> None:
+    deep = b'{"a":' + b"[" * 200_000 + b"\n"
+    done = run(wrap(server=[sys.executable, "-c", CAT]), tmp_path, b"{,}\n" * 2 + deep)
+    assert done.stderr.count(b"is no JSON") == done.stderr.count(b"nested too deeply") == 1
+
+
+def test_fx_stdio_names_in_any_case_are_known(tmp_path: Path, cli: Cli) -> None:
+    """Servers in Go take them."""
+    with mxcp_audit.AuditLogger(tmp_path / "log.duckdb") as audit:
+        stdio = mxcp_audit.StdioAudit(audit)
+        given = {"NAME": "delete", "Arguments": {"id": 7, "ID": 8}}
+        assert stdio.from_client(message(id=1, METHOD="tools/call", Params=given)) is None
+        stdio.from_server(message(id=1, result={"content": []}))
+    (event,) = events(cli)
+    assert (event["name"], event["status"], event["input_json"]) == ("delete", "success", '{"id":7,"ID":8}')
+
+
+def test_fx_stdio_answer_without_a_result_is_an_error(tmp_path: Path, cli: Cli) -> None:
+    with mxcp_audit.AuditLogger(tmp_path / "log.duckdb") as audit:
+        stdio = mxcp_audit.StdioAudit(audit)
+        stdio.from_client(call(1) + call(2))
+        stdio.from_server(message(id=1) + message(id=2, result=None, error=None))
+    assert [event["status"] for event in events(cli)] == ["error", "success"]
 
 
 def test_wrap_message_that_cannot_be_read_traffic_goes_on_or_stops(tmp_path: Path) -> None:
