@@ -4764,12 +4764,11 @@ class Exchange:
 
     def call_of(self, event_type: str, context: object, message: object, server: object = None) -> Call:
         """Return the call that a message makes, or resumes."""
-        arguments = _get(message, "arguments")
+        arguments, named = _get(message, "arguments"), "uri" if event_type == "resource" else "name"
         origin = origin_of(context, self.logger.config.trusted_proxies)
         origin.update(arguments=arguments, denied_by=self.denied_by, caller=self.caller or origin["caller"])
         origin["server"] = _text(_get(server, "name")) or self.server
-        name = _get(message, "uri") if event_type == "resource" else _get(message, "name")
-        call = Call(self.logger, event_type, str(name or ""), arguments, **origin)
+        call = Call(self.logger, event_type, str(_get(message, named) or ""), arguments, **origin)
         return cast(Call, self.logger.unfinished.resumed(call, message))
 
     def call_within(self, event_type: str, message: object = None) -> Call | None:
@@ -5301,9 +5300,7 @@ class AuditLogger(contextlib.AbstractContextManager["AuditLogger"]):
             return "null", echoes
         try:
             return self._encoder.input_json(input_params, name, endpoint_def, echoes), echoes
-        except INTERRUPTS:
-            raise
-        except BaseException as fault:
+        except Exception as fault:
             return self.report_fault("an input could not be encoded", fault), echoes
 
     def _begin_line(self, call: Call, ref: str) -> bytes:
