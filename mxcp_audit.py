@@ -7933,9 +7933,9 @@ class Store:
             with reading.open(wait):
                 running = journal.running()
                 reading.open_running(running)
-                if not any(
-                    (reading.has_table, reading.has_journal, running, reading.problem, reading.oddities)
-                ):
+                if not (reading.has_table or reading.has_journal or running or reading.problem):
+                    if reading.oddities:
+                        raise StoreError(f"{target.name}: {reading.oddities[0]}; see what `verify` finds")
                     text = "audit logging is not enabled for the profile, or no events have been logged yet"
                     raise DatabaseNotFoundError(f"{_NOT_FOUND}{target.name}: {text}")
                 for text in reading.oddities:
