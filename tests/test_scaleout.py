@@ -733,13 +733,10 @@ def test_unreachable_target_leaves_everything_in_the_journal(
 SECRET_TARGETS = (
     "postgres:dbname=nowhere host=127.0.0.1 port={port} user=audit password={secret}",
     "postgres:dbname=nowhere host=127.0.0.1 port=1 user=audit password='{secret} und' mehr",
-    "postgres:dbname=nowhere host=127.0.0.1 port=1 user=audit password={secret} {secret}",
     "postgres:{secret}",
     "postgresql://audit:{secret}@127.0.0.1:{port}/nowhere",
-    "postgresql://audit@127.0.0.1:1/nowhere?password={secret}",
     "postgres:postgresql://audit:{secret}@127.0.0.1:{port}/nowhere?bad={secret}",
     "ducklake:postgres:dbname=nowhere host=127.0.0.1 port={port} user=audit password={secret}",
-    "ducklake:postgres:host=127.0.0.1 port={port} user=audit password={secret} dbname=postgres",
     "quack:{secret}@127.0.0.1:1",
     "md:my_db?motherduck_token={secret}",
     "nosuch:db?x={secret}",

@@ -451,6 +451,7 @@ def test_ingest_where_the_database_has_no_directory_says_so(db: Path, engine: st
     assert len(Journal(f"{db}.journal").segments()) == 1
 
 
+@pytest.mark.parametrize("engine", ["package"], indirect=True)
 def test_fx_230_file_system_without_modes_takes_the_log_and_its_copies(
     db: Path, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,7 @@ from tools.judge import find_pythons  # noqa: E402
 TOOLS = ("hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "PyYAML")
 # What depends on nothing but Python and DuckDB; first what depends on the version of DuckDB most.
 STORE = ("engines", "store_ingest", "store_reading")
-CORE = (*STORE, "evidence", "purge", "calls", "cli", "encoding", "journal", "logger", "writer")
+CORE = (*STORE, "evidence", "purge", "calls", "encoding", "journal", "logger", "writer")
 # What is random, large or waits long runs in the whole suite.
 LEFT_OUT = "random_ or killed_at_a_system_call or nobody_holds or is_held_for_long or jumped or gives_space"
 WORKERS = ("-n", "3", "--dist", "worksteal")  # some of the time is waiting for children

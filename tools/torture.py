@@ -290,7 +290,7 @@ def each_call(
 
 def s1_kill_writer(t: Torture) -> None:
     """SIGKILL while events are logged"""
-    for _ in range(8 if t.quick else 60):
+    for _ in range(5 if t.quick else 60):
         db = t.database()
         process = t.start(t.command(WRITING.replace("range(4)", "range(400)"), db))
         time.sleep(0.15 + t.random.random() * 0.4)
@@ -377,7 +377,7 @@ def s3_endings(t: Torture) -> None:
     """every way that a program can end, on every Python"""
     for python in find_pythons().values():
         few = t.quick and python != sys.executable
-        for name, body in t.random.sample(list(ENDINGS.items()), 5) if few else ENDINGS.items():
+        for name, body in t.random.sample(list(ENDINGS.items()), 3) if few else ENDINGS.items():
             db = t.database()
             script = "audit = AuditLogger(db)\n" + body + "\nwrite_down()"
             if "atexit" not in body and "flush" not in name and "kill" not in name:
