@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import child_environment, held_database, table_rows, write_table_of_mxcp
+from conftest import child_environment, held_database, one_engine, table_rows, write_table_of_mxcp
 
 import mxcp_audit
 from mxcp_audit import (
@@ -451,7 +451,7 @@ def test_ingest_where_the_database_has_no_directory_says_so(db: Path, engine: st
     assert len(Journal(f"{db}.journal").segments()) == 1
 
 
-@pytest.mark.parametrize("engine", ["package"], indirect=True)
+@one_engine
 def test_fx_230_file_system_without_modes_takes_the_log_and_its_copies(
     db: Path, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
