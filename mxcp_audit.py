@@ -839,9 +839,12 @@ def load_config(
     name, chosen_by = site.profile(profile, os.environ if environ is None else environ)
     keys = ("profiles", name, "audit")
     given: dict[Any, Any] = {**site.section(*keys)}
-    for trail in () if given else (("audit",), (*keys[:2], "enabled")):  # else it would be off without a word
-        if trail[-1] in site.section(*trail[:-1]):
-            raise ConfigError(f"must stand under {'.'.join(keys[: 2 + len(trail) // 3])}", **site.at(*trail))
+    for trail in () if given else (("audit",), (*keys[:2], "enabled")):
+        if trail[-1] in site.section(*trail[:-1]):  # no error: files of MXCP's own have it
+            import logging
+
+            problem = f"is without effect, it must stand under {'.'.join(keys[: 2 + len(trail) // 3])}"
+            logging.getLogger("mxcp_audit").warning("mxcp_audit: %s", ConfigError(problem, **site.at(*trail)))
     given.pop("max_file_size", None)  # MXCP's own
     if type(given.get("retention")) in (int, float):
         problem = 'needs a unit in this file; write "90d" for 90 days'

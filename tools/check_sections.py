@@ -216,7 +216,7 @@ def check(source: str) -> list[str]:
     return sorted(set(faults))
 
 
-BUDGET_BYTES = 509_000  # vendored whole; less is better, more needs a reason
+BUDGET_BYTES = 509_100  # vendored whole; less is better, more needs a reason
 
 
 def sizes(source: str) -> str:
