@@ -138,7 +138,7 @@ def pytest_configure() -> None:
     """Make the suite independent of the shell that starts it: `nohup`, a strict umask, a language; and of the
     machine's load."""
     hypothesis.settings.register_profile(
-        "ours", deadline=None, suppress_health_check=list(hypothesis.HealthCheck), max_examples=100
+        "ours", deadline=None, suppress_health_check=list(hypothesis.HealthCheck), max_examples=60
     )
     hypothesis.settings.load_profile("ours")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # `command &` hands SIGINT on as ignored

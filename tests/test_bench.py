@@ -45,11 +45,9 @@ def test_bench_unknown_topic_is_refused() -> None:
     ("topic", "rows"),
     [
         ("latency", ("**mxcp_audit**", "QueueHandler, JSON formatter", "sqlite3")),
-        ("pipeline", ("**mxcp_audit**", "mxcp_audit, four threads", "sqlite3")),
         ("middleware", ("memory, the first time", "http, again")),
         ("strict", ("**strict**", "two rows in SQLite (WAL)")),
         ("ingest", ("the `duckdb` program", "DuckDB alone", "while it ingests")),
-        ("footprint", ("`import mxcp_audit`", "the `duckdb` program")),
         ("ending", ("log one event and out", "2 workers, the database held for 1.5 s")),
     ],
 )

@@ -69,7 +69,7 @@ CELLS = (
     Cell("3.10", "1.2.2", "1.4.4.post2"),
     Cell("3.12", "1.4.4", "1.4.4.post2", STORE, "cli"),
     Cell("3.13", "1.5.5", "1.5.5", ("engines", "store_ingest", "logger")),
-    Cell("3.12", None, "1.5.6", ("engines", "purge", "cli"), "cli"),
+    Cell("3.12", None, "1.5.6", ("engines", "cli"), "cli"),
 )
 VERSIONS = """
 import importlib.metadata, importlib.util, subprocess, sys
