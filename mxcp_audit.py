@@ -9177,7 +9177,8 @@ class StdioAudit(Exchange):
                 call.fail(error, code)
             call.end() if waits else call._end(None)
 
-    def close(self, reason: str) -> None:  # of what is unanswered, as its error
+    def close(self, reason: str) -> None:
+        """Record every unanswered call, with `reason` as its error."""
         for key in list(self._pending):
             self.finish(key, reason, waits=False)
         self.logger.unfinished.close()
